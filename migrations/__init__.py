@@ -1,0 +1,1 @@
+"""The schema's revisions, in plain SQL, run by `service.store.migrate`."""

@@ -1,0 +1,75 @@
+"""The control API's composition root: the one place where its parts meet."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from service.api import datasets, errors, health, models, request, requests
+from service.api.context import Context
+from service.api.doorbell import Doorbell
+from service.api.key_cache import KeyCache
+from service.api.middleware import LimitBody, Observe
+from service.metrics import HttpMetrics, StateCollector
+from service.settings import Settings
+from service.store.artifacts import open_artifacts
+from service.store.database import Pool, make_pool, transaction
+from service.store.gauges import Figures, read_figures
+from service.store.secrets import read_secrets
+
+POOL_SIZE = 8
+"""Below the 40 threads that run endpoints; the connection budget is protocol.md section 9's."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The API, not yet connected to anything: its lifespan opens and closes the pool and the doorbell.
+
+    Raises:
+        SecretsError: a key file is missing or open to other users.
+        ValueError: a store's URL cannot be used.
+    """
+    pool = make_pool(settings.database_url, size=POOL_SIZE)
+    registry = CollectorRegistry()
+    registry.register(StateCollector(lambda: _figures(pool)))
+    context = Context(
+        settings=settings,
+        secrets=read_secrets(settings.keys_dir),
+        pool=pool,
+        artifacts=open_artifacts(settings.artifact_url),
+        doorbell=Doorbell(settings.redis_url),
+        keys=KeyCache(pool),
+        registry=registry,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
+        # Not waiting for Postgres: until it answers, /readyz and every call say 503.
+        pool.open(wait=False)
+        context.doorbell.start()
+        try:
+            yield
+        finally:
+            context.doorbell.stop()
+            pool.close()
+
+    app = FastAPI(
+        title="Expunge",
+        version="1",
+        summary="Takes a person's data out of a model in production, exactly, and gives evidence of it.",
+        docs_url=None,  # it would load scripts from another host
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.context = context
+    errors.install(app)
+    for router in (requests.router, request.router, datasets.router, models.router, health.router):
+        app.include_router(router)
+    app.add_middleware(LimitBody, upload_limit=settings.upload_limit_bytes)
+    app.add_middleware(Observe, metrics=HttpMetrics(registry))
+    return app
+
+
+def _figures(pool: Pool) -> Figures:
+    with transaction(pool) as connection:
+        return read_figures(connection)

@@ -1,0 +1,35 @@
+"""What the endpoints work with: made once by the composition root, handed to each request."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from prometheus_client import CollectorRegistry
+
+from service.api.doorbell import Doorbell
+from service.api.key_cache import KeyCache
+from service.settings import Settings
+from service.store.artifacts import LocalArtifacts
+from service.store.database import Pool
+from service.store.secrets import Secrets
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The API's stores and helpers."""
+
+    settings: Settings
+    secrets: Secrets
+    pool: Pool
+    artifacts: LocalArtifacts
+    doorbell: Doorbell
+    keys: KeyCache
+    registry: CollectorRegistry
+
+
+async def get_context(request: Request) -> Context:
+    """The application's context. `async` only to spare a thread: it does no I/O."""
+    return request.app.state.context
+
+
+Here = Annotated[Context, Depends(get_context)]

@@ -1,0 +1,1 @@
+"""What a deletion request is and which way it may go; pure."""

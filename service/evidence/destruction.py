@@ -1,0 +1,78 @@
+"""What a certificate says was destroyed: the operator's statement, and a look into the store itself."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from service.evidence.opening import Case, Refused, require
+from shards.digest import digest_of
+
+
+def _objects(said: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [*said["payloads"], *(artifact for entry in said["tainted"] for artifact in entry["artifacts"])]
+
+
+def destruction(case: Case) -> str:
+    """Every object that had to go was destroyed and then found absent, as the operator states."""
+    said, objects = case.said, _objects(case.said)
+    if said["outcome"] == "restricted":
+        require(not said["payloads"], "a restriction erases no payloads")
+        return "nothing was to be destroyed"
+    require(
+        said["payloads"] or not said["records"]["list"],
+        "records were erased, but no payload object is listed",
+    )
+    require(len({entry["object_name"] for entry in objects}) == len(objects), "an object is listed twice")
+    for entry in objects:
+        destroyed, absent = entry["destroyed_at"], entry["absent_at"]
+        require(destroyed, f"{entry['object_name']} was not destroyed")
+        require(
+            absent and absent >= destroyed,
+            f"{entry['object_name']} was not found absent after its destruction",
+        )
+        require(
+            absent <= said["issuer"]["issued_at"],
+            f"{entry['object_name']} was destroyed after the certificate",
+        )
+    named = {part for entry in said["payloads"] for part in entry["object_name"].split("/")}
+    for cell in said["cells"]:
+        where = f"cell ({cell['shard']}, {cell['slice']})"
+        require(cell["before"] in named, f"the payloads that {where} had before are not among the destroyed")
+        require(cell["after"] not in named, f"the payloads that {where} has now are among the destroyed")
+    for entry in said["tainted"]:
+        key = digest_of(entry["stage"])
+        for artifact in entry["artifacts"]:
+            name = artifact["object_name"]
+            require(key in name.split("/"), f"{name} is not named for the tainted stage it is listed under")
+    return f"{len(objects)} objects destroyed and later found absent, as the operator states"
+
+
+def directory_check(case: Case, directory: Path, on_bytes: Callable[[int, int], None]) -> str:
+    """None of the destroyed objects lies there, under its name or any other."""
+    if case.said["outcome"] == "restricted":
+        return "nothing to look for: a restriction destroys nothing"
+    gone = {entry["object_name"]: entry["digest"] for entry in _objects(case.said)}
+    for name in gone:
+        require(not (directory / name).exists() and not (directory / name).is_symlink(), f"{name} is still there")
+    found = _hashed(directory, on_bytes)
+    for path, digest in found.items():
+        require(digest not in gone.values(), f"{path} has the content of a destroyed object")
+    require(found, "there is no file at all: is it the artefact store?")
+    served = {digest for m in case.said["after"]["assembly"]["members"] if m for digest in m["artifacts"]}
+    here = len(served.intersection(found.values()))
+    return f"{len(found)} files, none destroyed; {here} of {len(served)} served artefacts are there"
+
+
+def _hashed(directory: Path, on_bytes: Callable[[int, int], None]) -> dict[str, str]:
+    try:
+        sizes = {path: path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()}
+        done, total, found = 0, sum(sizes.values()), dict[str, str]()
+        for path, size in sizes.items():
+            with path.open("rb") as file:
+                found[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
+            done += size
+            on_bytes(done, total)
+    except OSError as error:
+        raise Refused(f"cannot read {error.filename}: {error.strerror}; read it with more rights, or a copy") from None
+    return found

@@ -1,0 +1,78 @@
+"""Events: what is recorded of each step, with closed fields; none can hold an identifier or a caller's text."""
+
+from enum import StrEnum
+from typing import Any
+
+
+class EventKind(StrEnum):
+    """One kind per thing that can happen, `noun.verb` or `noun.state`."""
+
+    REQUEST_RECEIVED = "request.received"
+    TARGET_DEACTIVATING = "target.deactivating"
+    TARGET_DEACTIVATED = "target.deactivated"
+    TARGET_ERASING = "target.erasing"
+    TARGET_COMPLETED = "target.completed"
+    TARGET_FAILED = "target.failed"
+    TARGET_RETRIED = "target.retried"
+    VERSION_PUBLISHED = "version.published"
+    VERSION_CLEARED = "version.cleared"
+    REPLICA_REGISTERED = "replica.registered"
+    REPLICA_ACKNOWLEDGED = "replica.acknowledged"
+    REPLICA_FENCED = "replica.fenced"
+    REPLICA_ENDED = "replica.ended"
+    ARTIFACT_DOOMED = "artifact.doomed"
+    ARTIFACT_DESTROYED = "artifact.destroyed"
+    ARTIFACT_LOST = "artifact.lost"
+    CELL_INGESTED = "cell.ingested"
+    CELL_ERASED = "cell.erased"
+    STAGE_QUEUED = "stage.queued"
+    STAGE_TRAINED = "stage.trained"
+    STAGE_CANCELLED = "stage.cancelled"
+    STAGE_FAILED = "stage.failed"
+    STAGE_REFUSED = "stage.refused"
+    STAGE_MISMATCH = "stage.digest_mismatch"
+    STAGE_REPLAYED = "stage.replayed"
+    CERTIFICATE_ISSUED = "certificate.issued"
+    INGESTION_REFUSED = "ingestion.refused"
+
+
+FIELDS: dict[EventKind, frozenset[str]] = {
+    EventKind.REQUEST_RECEIVED: frozenset({"kind", "subject_commitment", "actor", "models"}),
+    EventKind.TARGET_DEACTIVATING: frozenset({"version", "records", "stages"}),
+    EventKind.TARGET_DEACTIVATED: frozenset({"version"}),
+    EventKind.TARGET_ERASING: frozenset({"artifacts"}),
+    EventKind.TARGET_COMPLETED: frozenset({"outcome"}),
+    EventKind.TARGET_FAILED: frozenset({"error", "attempts"}),
+    EventKind.TARGET_RETRIED: frozenset({"actor", "state"}),
+    EventKind.VERSION_PUBLISHED: frozenset({"version", "floor", "assembly", "cause", "canonical"}),
+    EventKind.VERSION_CLEARED: frozenset({"floor", "acknowledged", "fenced"}),
+    EventKind.REPLICA_REGISTERED: frozenset({"process_id", "covers"}),
+    EventKind.REPLICA_ACKNOWLEDGED: frozenset({"process_id", "covers"}),
+    EventKind.REPLICA_FENCED: frozenset({"process_id", "floor"}),
+    EventKind.REPLICA_ENDED: frozenset({"process_id"}),
+    EventKind.ARTIFACT_DOOMED: frozenset({"object_name", "digest"}),
+    EventKind.ARTIFACT_DESTROYED: frozenset({"object_name", "digest", "absent_at"}),
+    EventKind.ARTIFACT_LOST: frozenset({"object_name", "digest"}),
+    EventKind.CELL_INGESTED: frozenset({"shard", "slice", "generation", "root", "rows"}),
+    EventKind.CELL_ERASED: frozenset({"shard", "slice", "generation", "root", "rows", "records"}),
+    EventKind.STAGE_QUEUED: frozenset({"stages"}),
+    EventKind.STAGE_TRAINED: frozenset({"stage", "digest", "fingerprint"}),
+    EventKind.STAGE_CANCELLED: frozenset({"stage"}),
+    EventKind.STAGE_FAILED: frozenset({"stage", "error", "attempts"}),
+    EventKind.STAGE_REFUSED: frozenset({"stage", "reason"}),
+    EventKind.STAGE_MISMATCH: frozenset({"stage", "digests", "fingerprint"}),
+    EventKind.STAGE_REPLAYED: frozenset({"stage", "digest", "equal", "fingerprint"}),
+    EventKind.CERTIFICATE_ISSUED: frozenset({"digest"}),
+    EventKind.INGESTION_REFUSED: frozenset({"lines", "reason"}),
+}
+
+
+def event_body(kind: EventKind, fields: dict[str, Any]) -> dict[str, Any]:
+    """The body to record.
+
+    Raises:
+        ValueError: a field that the kind does not have, or one that is missing.
+    """
+    if set(fields) != FIELDS[kind]:
+        raise ValueError(f"{kind} has the fields {sorted(FIELDS[kind])}, not {sorted(fields)}")
+    return fields

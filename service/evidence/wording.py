@@ -1,0 +1,106 @@
+"""What a certificate claims and assumes, word for word; docs/certificate.md explains it.
+
+The statements themselves, and how strong each may be called, are the verifier's: `form.CLAIMS`.
+"""
+
+from service.evidence.form import CLAIMS
+
+METHOD = {
+    "erased": "stage deactivation and destruction (S3T)",
+    "restricted": "stage deactivation (S3T)",
+}
+
+SUPPORT: dict[str, dict[str, str]] = {
+    "influence-free": {
+        "evidence": (
+            "The inputs of every served stage and of its ancestors, whose digests are the stage keys in "
+            "the assembly; none of them reads a manifest listed under touched."
+        ),
+        "checkable_by": "Anyone with this file and the operator's public key.",
+        "must_be_trusted": (
+            "That touched lists every manifest that held the records; that each artefact was trained on "
+            "the manifests that its stage key names; that the replicas serve this assembly or a later "
+            "clean one."
+        ),
+    },
+    "retrain-equal": {
+        "evidence": "The stage keys, the artefact digests in the assembly and the platform fingerprints.",
+        "checkable_by": (
+            "Whoever holds the remaining records, the recipe and a platform with the same fingerprint, by replay."
+        ),
+        "must_be_trusted": "That training is deterministic on that platform, until a replay has been made.",
+    },
+    "deactivated": {
+        "evidence": (
+            "The floor, the times, and for every process its acknowledgement, its end, or the expiry of its lease."
+        ),
+        "checkable_by": "Anyone for consistency; the operator's auditor against the ledger.",
+        "must_be_trusted": "The operator's records of its processes, and assumptions A1 and A2.",
+    },
+    "erased": {
+        "evidence": "Name, digest, time of destruction and time of absence of every object.",
+        "checkable_by": (
+            "Whoever may read the artefact store, for what is absent now; nobody afterwards for copies made outside it."
+        ),
+        "must_be_trusted": (
+            "The operator's list of objects, its store, and the assumptions about backups, media and other copies."
+        ),
+    },
+    "restricted": {
+        "evidence": "The floor, the times, and the assembly of this version.",
+        "checkable_by": "Anyone for consistency; the operator's auditor against the ledger.",
+        "must_be_trusted": "The operator's records.",
+    },
+}
+
+ASSUMPTIONS: dict[str, str] = {
+    "A1": (
+        "Any two monotonic clocks of the replicas and the barrier differ in rate by no more than the "
+        "lease's margin over one lease; no machine was paused or restored from a snapshot with its clock "
+        "standing still."
+    ),
+    "A2": (
+        "There was one Postgres primary: after a failover the old one was fenced and no acknowledged commit was lost."
+    ),
+    "other_identifiers": "Records under other people's or unreported identifiers are not covered.",
+    "exports": "Exports handed out, retrieval indexes and prompts are outside.",
+    "overwritten_media": (
+        "Absence means absent from live stores and live files at the time stated; overwritten media and "
+        "file system snapshots are outside."
+    ),
+    "late_upload": (
+        "A trainer that was paused while its stage became tainted can upload later; sweeps after a minute,"
+        " an hour and a day destroy such objects, which the ledger shows."
+    ),
+    "observable": "Who queried the model before and after can see that it changed.",
+}
+
+BACKBONE = {
+    "public": "The frozen backbone is public and is taken never to have seen the records.",
+    "own_clean": "The operator states that its frozen backbone was never trained on the records.",
+    "own_contains_subjects": (
+        "The operator states that its frozen backbone may have been trained on the records: influence-free"
+        " and retrain-equal are therefore not claimed."
+    ),
+}
+
+
+def claims(outcome: str, provenance: str) -> list[dict[str, str]]:
+    """The claims that an outcome supports; a backbone that holds subjects refuses those about influence."""
+    about_weights = [] if provenance == "own_contains_subjects" else ["influence-free", "retrain-equal"]
+    made = [*about_weights, "deactivated", outcome]
+    return [
+        {"claim": name, "statement": CLAIMS[name][1], **SUPPORT[name], "strength": CLAIMS[name][0]} for name in made
+    ]
+
+
+def assumptions(provenance: str, backup_retention_days: int | None) -> list[dict[str, str]]:
+    """What the claims rest on beside the signature."""
+    backups = "The operator states no retention for snapshots, base backups and WAL archives: copies may remain."
+    if backup_retention_days is not None:
+        backups = (
+            f"Snapshots, base backups and WAL archives expire after {backup_retention_days} days, as the "
+            "operator states; a restore replays the deletions."
+        )
+    said = {**ASSUMPTIONS, "backbone": BACKBONE[provenance], "backups": backups}
+    return [{"code": code, "statement": said[code]} for code in sorted(said)]

@@ -1,0 +1,164 @@
+"""One model in one process: the pointer and the fence behind one lock. No I/O; every method is quick."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from service.serving.fence import Fence
+from service.serving.metrics import ServingMetrics
+from service.serving.predictor import Predictor
+
+Clock = Callable[[], float]
+
+
+def boottime() -> float:
+    """Seconds on a clock that runs on while the machine sleeps (assumption A1); never a wall clock."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pointer:
+    """A version in memory, ready to answer."""
+
+    version: int
+    assembly: str
+    """Digest."""
+    predictor: Predictor
+    classes: tuple[str, ...]
+    live: int
+    """Shards that answer."""
+    of: int
+    """Shards of the recipe."""
+
+
+class Replica:
+    """What requests, heartbeats and the loader share of one model."""
+
+    def __init__(
+        self, model_id: int, model: str, metrics: ServingMetrics, *, clock: Clock = boottime
+    ) -> None:
+        """Serves nothing until a version is pointed at and a lease is granted."""
+        self.model_id = model_id
+        self.model = model
+        self.covers_rose = threading.Event()
+        """Set when a heartbeat should be sent at once: it acknowledges."""
+        self.on_floor: Callable[[], None] = lambda: None
+        """Called after the floor rose, on the thread that raised it."""
+        self.problem = ""
+        """Why the newest version is not served; empty when it is."""
+        self._metrics = metrics
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._fence = Fence()
+        self._pointer: Pointer | None = None
+        self._told = 0
+
+    @property
+    def fence(self) -> Fence:
+        """The fence at this moment."""
+        return self._fence
+
+    @property
+    def pointer(self) -> Pointer | None:
+        """What new work would start on."""
+        return self._pointer
+
+    @property
+    def leased(self) -> bool:
+        """Whether the lease is valid now."""
+        return self._clock() < self._fence.lease_until
+
+    def begin(self) -> Pointer | None:
+        """Start work on the newest version; end it with `abandon`, or with `check` and `sent`.
+
+        None where nothing may be answered now: `why_not` says why.
+        """
+        with self._lock:
+            pointer = self._pointer
+            if pointer is None or not self._fence.may_answer(pointer.version, self._clock()):
+                return None
+            self._fence = self._fence.begin()
+            return pointer
+
+    def abandon(self, version: int) -> None:
+        """Work ends without an answer."""
+        with self._lock:
+            self._fence = self._fence.abandon(version)
+            self._tell()
+
+    def check(self, version: int) -> bool:
+        """The final check (rule 7). Where it passes, the answer counts as being sent from this moment.
+
+        Check and count are one step under the lock: a heartbeat thread cannot acknowledge between them.
+        """
+        with self._lock:
+            if not self._fence.may_answer(version, self._clock()):
+                return False
+            self._fence = self._fence.send(version)
+            return True
+
+    def sent(self, version: int) -> None:
+        """The answer is with the kernel, or its connection is gone."""
+        with self._lock:
+            self._fence = self._fence.sent(version)
+            self._tell()
+
+    def may_answer(self, version: int) -> bool:
+        """The final check again, for an answer that had to wait on its way."""
+        return self._fence.may_answer(version, self._clock())
+
+    def why_not(self) -> str:
+        """Why nothing is answered now, for a problem's detail."""
+        if self._pointer is None:
+            return self.problem or "no version of the model is loaded yet"
+        return "this server holds no valid lease: it has not reached Postgres for longer than the lease's time to live"
+
+    def advance(self, pointer: Pointer | None, floor: int) -> Pointer | None:
+        """Swap to a newer pointer and raise the floor in one step (rule 6). Returns the pointer that went, if any."""
+        with self._lock:
+            old, before = self._pointer, self._fence
+            self._fence = before.advance(pointer.version if pointer else 0, floor)
+            if pointer and pointer.version == self._fence.pointer and pointer.version > before.pointer:
+                self._pointer = pointer
+            elif self._fence.pointer == 0:
+                self._pointer = None
+            raised = self._fence.local_floor > before.local_floor
+            swapped = self._pointer is not old
+            self._tell()
+        if raised:
+            self.on_floor()
+        if swapped:
+            self._metrics.swaps.labels(self.model, "swapped" if self._pointer else "dropped").inc()
+        return old if swapped else None
+
+    def grant(self, sent_at: float, ttl: float) -> None:
+        """A heartbeat that was sent at `sent_at` was granted."""
+        with self._lock:
+            self._fence = self._fence.grant(sent_at, ttl)
+
+    def retire(self, why: str) -> Pointer | None:
+        """Answer nothing, ever again. Returns the pointer that went."""
+        with self._lock:
+            old, self._pointer = self._pointer, None
+            self._fence = self._fence.retire()
+            self.problem = why
+        self.on_floor()
+        return old
+
+    def covers(self) -> int:
+        """What the next heartbeat promises; a later rise sets `covers_rose`."""
+        with self._lock:
+            self._told = self._fence.covers
+            return self._told
+
+    def _tell(self) -> None:
+        if self._fence.covers > self._told:
+            self.covers_rose.set()
+
+    def observe(self) -> None:
+        """Bring the gauges up to date, when they are asked for."""
+        pointer = self._pointer
+        self._metrics.version.labels(self.model).set(pointer.version if pointer else 0)
+        self._metrics.floor.labels(self.model).set(self._fence.local_floor)
+        self._metrics.leased.labels(self.model).set(self.leased)

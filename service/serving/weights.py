@@ -1,0 +1,194 @@
+"""The weights of one model in one process: which are loaded, which version they make, and when old ones are gone.
+
+All live clean stages stay in memory, so a deactivation needs no load: the prefix that survives it is already there.
+"""
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from service.logs import get_logger
+from service.serving.metrics import ServingMetrics
+from service.serving.predictor import Engine, EngineFactory
+from service.serving.replica import Pointer, Replica
+from service.store.artifacts import ArtifactMissingError
+from service.store.leases import StageObject, Target
+from shards.assembly import Assembly
+from shards.errors import ArtifactDigestError, ShardsError
+from shards.recipe import Recipe
+
+Get = Callable[[str], bytes]
+"""Bytes of an object by name; raises `ArtifactMissingError` or `OSError`."""
+COLLECT_AFTER = 1.0
+"""Seconds after which weights that are out of service but alive are taken for a reference cycle."""
+
+log = get_logger(__name__)
+
+
+class Weights:
+    """The engine of one model and what it holds. `apply` comes from any thread, `maintain` from the loader's only."""
+
+    def __init__(self, replica: Replica, get: Get, factory: EngineFactory, metrics: ServingMetrics) -> None:
+        """Nothing is loaded before the first `maintain`."""
+        self._replica = replica
+        self._get = get
+        self._factory = factory
+        self._metrics = metrics
+        self._engine: Engine | None = None
+        self._recipe: Recipe | None = None
+        self._lock = threading.Lock()
+        self._dying: list[weakref.ref[Any]] = []
+        self._dying_since = 0.0
+        self._kept = 0
+        self.freed = 0
+        """Below this version no weights are in memory any more."""
+
+    def apply(self, target: Target) -> bool:
+        """Move to `target` with what is in memory; whether it is served now.
+
+        The floor rises in any case, before anything is loaded. Where the new version cannot be built, the old one
+        stays if the floor allows it; else nothing is answered, which also covers the floor (rule 6).
+        """
+        with self._lock:
+            pointer = self._replica.pointer
+            fresh = None
+            if target.body is not None and (pointer is None or target.version > pointer.version):
+                fresh = self._build(target, pointer)
+            went = self._replica.advance(fresh, target.floor)
+            if went is not None:
+                now = self._replica.pointer
+                if now is None or now.predictor is not went.predictor:
+                    self._dying.append(weakref.ref(went.predictor))
+            return self._served(target)
+
+    def maintain(self, target: Target, clean: Sequence[StageObject], interrupted: Callable[[], bool]) -> bool:
+        """Drop what is no longer clean, load what is missing; whether nothing is left to do.
+
+        `clean` must have been read after `target`, so it holds no stage that `target.floor` put out of service.
+        """
+        engine = self._opened(target)
+        self.apply(target)
+        stale = engine.held() - {stage.digest for stage in clean}
+        if stale:
+            self._watch(engine.drop(stale))
+        gone = self._gone(target.floor)
+        loaded = self._load(engine, _wanted_first(target, clean), interrupted)
+        return self.apply(target) and loaded and gone
+
+    def clear(self) -> bool:
+        """Let go of everything; whether nothing is in memory any more. The replica must have retired."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            self._watch(engine.drop(engine.held()))
+        return not self._alive()
+
+    def retired(self, pointer: Pointer | None) -> None:
+        """Watch over the end of a pointer that the replica gave up."""
+        if pointer is not None:
+            self._watch([weakref.ref(pointer.predictor)])
+
+    def _watch(self, references: Iterable[weakref.ref[Any]]) -> None:
+        with self._lock:
+            self._dying.extend(references)
+
+    def _opened(self, target: Target) -> Engine:
+        if self._engine is None:
+            self._recipe = Recipe.from_json(target.recipe)
+            self._engine = self._factory(self._recipe)
+        return self._engine
+
+    def _served(self, target: Target) -> bool:
+        pointer = self._replica.pointer
+        if target.body is None or (pointer is not None and pointer.version >= target.version):
+            self._replica.problem = ""
+            return True
+        return False
+
+    def _build(self, target: Target, pointer: Pointer | None) -> Pointer | None:
+        engine, recipe = self._engine, self._recipe
+        if engine is None or recipe is None or target.body is None or target.assembly is None:
+            return None
+        if pointer is not None and pointer.assembly == target.assembly:
+            predictor, live = pointer.predictor, pointer.live
+        else:
+            assembly = Assembly.from_json(target.body)
+            if not _digests(assembly) <= engine.held():
+                return self._cannot(target, "artefacts of the newest version are still being loaded")
+            try:
+                predictor = engine.build(assembly)
+            except ShardsError as error:
+                log.error(
+                    "version_unusable",
+                    model=self._replica.model,
+                    version=target.version,
+                    reason=type(error).__name__,
+                )
+                return self._cannot(target, "the newest version's artefacts do not fit together")
+            live = sum(member is not None for member in assembly.members)
+        return Pointer(target.version, target.assembly, predictor, recipe.classes, live, recipe.shards)
+
+    def _cannot(self, target: Target, why: str) -> None:
+        if not self._replica.problem:
+            self._replica.problem = f"version {target.version}: {why}"
+        if self._kept < target.version:
+            self._kept = target.version
+            self._metrics.swaps.labels(self._replica.model, "kept_old").inc()
+
+    def _load(self, engine: Engine, stages: Iterable[StageObject], interrupted: Callable[[], bool]) -> bool:
+        """Load what is missing, until all is there or something newer is known."""
+        complete = True
+        for stage in stages:
+            if stage.digest in engine.held():
+                continue
+            if interrupted():
+                return False
+            try:
+                engine.load(stage.digest, self._get(stage.object_name))
+            except (ArtifactDigestError, ArtifactMissingError, OSError) as error:
+                complete = False
+                reason = type(error).__name__
+                self._replica.problem = (
+                    f"artefact {stage.digest[:12]} of stage {stage.stage_key[:12]} cannot be loaded: {reason}"
+                )
+                self._metrics.load_failures.labels(self._replica.model, reason).inc()
+                log.error(
+                    "artifact_unusable",
+                    model=self._replica.model,
+                    stage=stage.stage_key,
+                    digest=stage.digest,
+                    reason=reason,
+                )
+        return complete
+
+    def _gone(self, floor: int) -> bool:
+        """Raise `freed` once every weight that went out of service has really left the memory."""
+        if self._alive():
+            return False
+        if floor > self.freed:
+            self.freed = floor
+            self._replica.covers_rose.set()
+        return True
+
+    def _alive(self) -> bool:
+        with self._lock:
+            self._dying = [reference for reference in self._dying if reference() is not None]
+            now = time.monotonic()
+            if not self._dying:
+                self._dying_since = now
+            elif now - self._dying_since > COLLECT_AFTER:
+                self._dying_since = now
+                gc.collect()
+            return bool(self._dying)
+
+
+def _digests(assembly: Assembly) -> frozenset[str]:
+    return frozenset(digest for member in assembly.members if member for digest in member.artifacts)
+
+
+def _wanted_first(target: Target, clean: Sequence[StageObject]) -> list[StageObject]:
+    """What the target needs, then what a later deactivation may need."""
+    needed = _digests(Assembly.from_json(target.body)) if target.body else frozenset[str]()
+    return sorted(clean, key=lambda stage: stage.digest not in needed)

@@ -1,0 +1,56 @@
+"""Every setting of the programs, from `EXPUNGE_*` environment variables; `expunge up` fills them in for its children."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One frozen value per process. Secrets live in files under `keys_dir`, never here."""
+
+    model_config = SettingsConfigDict(env_prefix="EXPUNGE_", frozen=True)
+
+    database_url: str = ""
+    """libpq URL of the role that the programs use (it cannot alter the event log)."""
+    database_owner_url: str = ""
+    """libpq URL of the role that owns the schema; only the migrator uses it."""
+    database_listen_url: str = ""
+    """Direct URL of the primary for LISTEN, where `database_url` goes through a pooler; else empty."""
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    """`redis://host:port/db` or `unix:///path?db=0`. A doorbell only: it may lose everything."""
+    artifact_url: str = ""
+    """`file:///directory` of the artefact store."""
+    keys_dir: Path = Path("keys")
+    """Directory (mode 0700) of the signing key, the pepper and the partition key."""
+    api_url: str = "http://127.0.0.1:8700"
+    """Where the command line finds the control API."""
+    api_key: str = ""
+    """The command line's API key."""
+    device: str = "cpu"
+    """torch device of training workers and model servers."""
+    lease_ttl_ms: int = Field(default=2000, ge=200)
+    """A replica's lease: the worst time to `deactivated` with a dead replica, and the longest outage of
+    Postgres before every replica answers 503 (protocol.md, rule 9)."""
+    lease_margin_ms: int = Field(default=300, ge=1)
+    """What two monotonic clocks may drift apart over one TTL, and the barrier's reserve (assumption A1)."""
+    upload_limit_bytes: int = Field(default=512 * 2**20, ge=1)
+    """The largest body of one records upload."""
+    record_limit_bytes: int = Field(default=2**20, ge=1)
+    """The largest line of a records upload and the largest input of a prediction."""
+    job_attempts: int = Field(default=3, ge=1)
+    """How often the training of a stage may fail before its job shows `failed`."""
+    target_attempts: int = Field(default=8, ge=1)
+    """How often a step of a deletion may fail, at growing distances, before its target shows `failed`."""
+
+    @property
+    def listen_url(self) -> str:
+        """The URL for LISTEN: direct to the primary, since poolers drop notifications."""
+        return self.database_listen_url or self.database_url
+
+
+@lru_cache(maxsize=1)
+def settings() -> Settings:
+    """Read the environment once per process."""
+    return Settings()

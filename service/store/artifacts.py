@@ -1,0 +1,99 @@
+"""The artefact store: named immutable objects behind four verbs, here a local directory.
+
+Rows in `artifact` say what may be opened; this module only moves bytes. Names are never reused (rule 18).
+"""
+
+import os
+import time
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+from uuid import uuid4
+
+
+class ArtifactMissingError(Exception):
+    """There is no object of that name."""
+
+
+class LocalArtifacts:
+    """Objects as files below one directory, written so that a crash leaves all or nothing (rule 24)."""
+
+    def __init__(self, root: Path) -> None:
+        """Objects lie below `root`, which is created with mode 0700."""
+        self.root = root
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Store `data` under a new name: write aside, fsync, link, fsync the directory.
+
+        Raises:
+            FileExistsError: the name is taken; names are never reused.
+            OSError: the disk is full; nothing stays behind.
+        """
+        path = self._path(name)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{uuid4().hex}.part")
+        try:
+            with aside.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        _fsync(path.parent)
+
+    def get(self, name: str) -> bytes:
+        """The object's bytes, read into memory: a mapped file would outlive its deletion (rule 24).
+
+        Raises:
+            ArtifactMissingError: no such object.
+        """
+        try:
+            return self._path(name).read_bytes()
+        except FileNotFoundError:
+            raise ArtifactMissingError(name) from None
+
+    def delete(self, name: str) -> None:
+        """Remove the object; one that is already gone is a success. An empty parent goes too."""
+        path = self._path(name)
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            for left in path.parent.glob(f".{path.name}.*.part"):
+                left.unlink(missing_ok=True)
+            _fsync(path.parent)
+
+    def exists(self, name: str) -> bool:
+        """Whether the object is there now."""
+        return self._path(name).exists()
+
+    def names(self, *, older_than: float) -> list[str]:
+        """Every object, unfinished writes included, last touched more than `older_than` seconds ago."""
+        limit = time.time() - older_than
+        files = (path for path in self.root.rglob("*") if path.is_file() and path.stat().st_mtime < limit)
+        return sorted(str(path.relative_to(self.root)) for path in files)
+
+    def _path(self, name: str) -> Path:
+        path = (self.root / name).resolve()
+        if not path.is_relative_to(self.root.resolve()):
+            raise ValueError("an object name may not leave the store")
+        return path
+
+
+def open_artifacts(url: str) -> LocalArtifacts:
+    """The store that a `file:///directory` URL names.
+
+    Raises:
+        ValueError: another scheme.
+    """
+    parsed = urlparse(url)
+    if parsed.scheme != "file" or not parsed.path:
+        raise ValueError(f"EXPUNGE_ARTIFACT_URL must be file:///directory, not {parsed.scheme or 'empty'}")
+    return LocalArtifacts(Path(unquote(parsed.path)))
+
+
+def _fsync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,139 @@
+"""The barrier's SQL: which floors are waited for, who lags behind, and the declaration (rule 9)."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import LiteralString
+from uuid import UUID
+
+from psycopg.rows import class_row, scalar_row
+
+from service.evidence.events import EventKind
+from service.store import events, models, targets
+from service.store.database import Connection
+
+LIST_WAITING: LiteralString = """
+SELECT m.model_id, m.floor, m.cleared
+FROM model m
+WHERE m.cleared < m.floor
+   OR EXISTS (SELECT FROM request_target t
+              WHERE t.model_id = m.model_id AND t.state = 'deactivating' AND t.version <= m.cleared)
+ORDER BY m.model_id
+"""
+LIST_LEASES: LiteralString = """
+SELECT process_id, model_id, covers, ttl_ms, beats FROM lease WHERE ended_at IS NULL
+"""
+LOCK_LEASES: LiteralString = """
+SELECT process_id, model_id, covers, ttl_ms, beats FROM lease
+WHERE model_id = %(model_id)s::bigint AND ended_at IS NULL
+ORDER BY process_id
+FOR UPDATE
+"""
+END_LEASES: LiteralString = """
+UPDATE lease SET ended_at = clock_timestamp()
+WHERE process_id = ANY(%(process_ids)s::uuid[]) AND ended_at IS NULL
+RETURNING process_id
+"""
+MARK_CLEARED: LiteralString = """
+UPDATE model SET cleared = %(floor)s::bigint WHERE model_id = %(model_id)s::bigint AND cleared < %(floor)s::bigint
+"""
+ALL_FREED: LiteralString = """
+SELECT NOT EXISTS (
+    SELECT FROM lease
+    WHERE model_id = %(model_id)s::bigint AND ended_at IS NULL AND freed < %(version)s::bigint)
+"""
+STARTED: LiteralString = "SELECT pg_postmaster_start_time()"
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A model with a floor to clear, or with targets that wait for one that is cleared."""
+
+    model_id: int
+    floor: int
+    cleared: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRow:
+    """A process that may still answer."""
+
+    process_id: UUID
+    model_id: int
+    covers: int
+    ttl_ms: int
+    beats: int
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What a declaration did."""
+
+    requests: list[UUID]
+    fenced: int
+
+
+def list_waiting(connection: Connection) -> list[Waiting]:
+    """Models that the barrier has something to do for."""
+    with connection.cursor(row_factory=class_row(Waiting)) as cursor:
+        return cursor.execute(LIST_WAITING).fetchall()
+
+
+def list_leases(connection: Connection) -> list[LeaseRow]:
+    """Processes that have not ended."""
+    with connection.cursor(row_factory=class_row(LeaseRow)) as cursor:
+        return cursor.execute(LIST_LEASES).fetchall()
+
+
+def all_freed(connection: Connection, model_id: int, version: int) -> bool:
+    """Whether every process that runs has dropped the weights that only versions below `version` used."""
+    with connection.cursor(row_factory=scalar_row) as cursor:
+        return bool(cursor.execute(ALL_FREED, {"model_id": model_id, "version": version}).fetchone())
+
+
+def get_started(connection: Connection) -> datetime:
+    """When this postmaster started: another value means a restart or a failover (rule 10)."""
+    with connection.cursor(row_factory=scalar_row) as cursor:
+        return cursor.execute(STARTED).fetchone() or datetime.min
+
+
+def declare(
+    connection: Connection, model_id: int, floor: int, *, expired: frozenset[UUID]
+) -> Declared | None:
+    """Clear `floor`, unless a process that is not in `expired` lags behind it (then None, nothing changed).
+
+    `expired` are processes whose lease has run out on the caller's own monotonic clock; those that lag are ended.
+    """
+    models.lock_model(connection, model_id)
+    with connection.cursor(row_factory=class_row(LeaseRow)) as cursor:
+        leases = cursor.execute(LOCK_LEASES, {"model_id": model_id}).fetchall()
+    lagging = [lease.process_id for lease in leases if lease.covers < floor]
+    if any(process_id not in expired for process_id in lagging):
+        return None
+    end_leases(connection, lagging, model_id=model_id, floor=floor)
+    if connection.execute(MARK_CLEARED, {"model_id": model_id, "floor": floor}).rowcount:
+        events.append(
+            connection,
+            EventKind.VERSION_CLEARED,
+            model_id=model_id,
+            floor=floor,
+            acknowledged=len(leases) - len(lagging),
+            fenced=len(lagging),
+        )
+    done = targets.mark_deactivated(connection, model_id, floor)
+    for request_id in done:
+        events.append(
+            connection, EventKind.TARGET_DEACTIVATED, request_id=request_id, model_id=model_id, version=floor
+        )
+    return Declared(done, len(lagging))
+
+
+def end_leases(connection: Connection, process_ids: list[UUID], *, model_id: int, floor: int) -> None:
+    """Mark processes as ended: their heartbeats are refused from now on, and they exit (rule 11)."""
+    if not process_ids:
+        return
+    with connection.cursor(row_factory=scalar_row) as cursor:
+        ended = cursor.execute(END_LEASES, {"process_ids": process_ids}).fetchall()
+    for process_id in ended:
+        events.append(
+            connection, EventKind.REPLICA_FENCED, model_id=model_id, process_id=str(process_id), floor=floor
+        )

@@ -1,0 +1,29 @@
+"""How Celery reaches Redis or Valkey: one conversion and one set of options for every program."""
+
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+VISIBILITY_TIMEOUT = 6 * 3600
+"""Seconds, longer than the longest stage. Shared by all consumers of one Redis db: the smallest would win."""
+TRANSPORT_OPTIONS: dict[str, Any] = {
+    "visibility_timeout": VISIBILITY_TIMEOUT,
+    "unacked_restore_interval": 1,
+    "unacked_restore_throttle": 1,
+    "socket_timeout": 1.0,
+    "socket_connect_timeout": 1.0,
+}
+
+
+def broker_url(redis_url: str) -> str:
+    """Celery's spelling of a Redis URL: `unix:///path?db=0` becomes `redis+socket:///path?virtual_host=0`.
+
+    Raises:
+        ValueError: neither `redis://`, `rediss://` nor `unix://`.
+    """
+    parts = urlsplit(redis_url)
+    if parts.scheme in {"redis", "rediss"}:
+        return redis_url
+    if parts.scheme != "unix" or not parts.path:
+        raise ValueError("EXPUNGE_REDIS_URL must be redis://host:port/db or unix:///path?db=0")
+    database = parse_qs(parts.query).get("db", ["0"])[0]
+    return f"redis+socket://{parts.path}?virtual_host={database}"

@@ -1,0 +1,192 @@
+"""Models and their versions: `version`, `floor` and `cleared` only grow (rule 1)."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, LiteralString
+from uuid import UUID
+
+from psycopg.rows import class_row, scalar_row
+from psycopg.types.json import Jsonb
+
+from service.domain.errors import NotFoundError
+from service.store.database import Connection
+from shards.recipe import Recipe
+
+COLUMNS: LiteralString = """
+    model_id, name, dataset_id, evaluation_id, recipe, recipe_digest, version, floor, cleared, published_at, erase_after, rebuild_wanted, building
+"""
+FIND: LiteralString = "SELECT " + COLUMNS + " FROM model WHERE name = %(name)s::text"
+GET: LiteralString = "SELECT " + COLUMNS + " FROM model WHERE model_id = %(model_id)s::bigint"
+LOCK: LiteralString = GET + " FOR NO KEY UPDATE"
+LOCK_SHARED: LiteralString = GET + " FOR SHARE"
+LIST: LiteralString = "SELECT " + COLUMNS + " FROM model ORDER BY model_id"
+INSERT: LiteralString = """
+INSERT INTO model (name, dataset_id, evaluation_id, recipe, recipe_digest, erase_after)
+VALUES (%(name)s::text, %(dataset_id)s::uuid, %(evaluation_id)s::uuid, %(recipe)s::jsonb, %(recipe_digest)s::text,
+        %(erase_after)s::interval)
+RETURNING model_id
+"""
+LIST_VERSIONS: LiteralString = """
+SELECT v.version, v.assembly, v.cause, v.canonical, v.created_at, a.body
+FROM model_version v JOIN assembly a ON a.digest = v.assembly
+WHERE v.model_id = %(model_id)s::bigint
+ORDER BY v.version DESC
+LIMIT %(limit)s::int
+"""
+FIND_VERSION: LiteralString = """
+SELECT v.version, v.assembly, v.cause, v.canonical, v.created_at, a.body
+FROM model_version v JOIN assembly a ON a.digest = v.assembly
+WHERE v.model_id = %(model_id)s::bigint AND v.version = %(version)s::bigint
+"""
+
+MARK_REBUILD_WANTED: LiteralString = """
+UPDATE model SET rebuild_wanted = true WHERE model_id = %(model_id)s::bigint AND NOT rebuild_wanted
+"""
+MARK_REBUILD_PLANNED: LiteralString = """
+UPDATE model SET rebuild_wanted = false, building = building OR %(building)s::boolean
+WHERE model_id = %(model_id)s::bigint
+"""
+MARK_BUILT: LiteralString = "UPDATE model SET building = false WHERE model_id = %(model_id)s::bigint"
+SECONDS_SINCE: LiteralString = """
+SELECT extract(epoch FROM clock_timestamp() - published_at)::float
+FROM model WHERE model_id = %(model_id)s::bigint
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model's row."""
+
+    model_id: int
+    name: str
+    dataset_id: UUID
+    evaluation_id: UUID | None
+    recipe: dict[str, Any]
+    recipe_digest: str
+    version: int
+    floor: int
+    cleared: int
+    published_at: datetime | None
+    erase_after: timedelta
+    rebuild_wanted: bool
+    building: bool
+
+    @property
+    def parsed_recipe(self) -> Recipe:
+        """The recipe, checked."""
+        return Recipe.from_json(self.recipe)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A numbered assembly of a model."""
+
+    version: int
+    assembly: str
+    cause: str
+    canonical: bool
+    created_at: datetime
+    body: dict[str, Any]
+
+
+def insert_model(
+    connection: Connection,
+    *,
+    name: str,
+    dataset_id: UUID,
+    evaluation_id: UUID | None,
+    recipe: Recipe,
+    erase_after: timedelta,
+) -> int:
+    """Create a model with nothing trained; returns its id.
+
+    Raises:
+        psycopg.errors.UniqueViolation: the name is taken.
+    """
+    values = {
+        "name": name,
+        "dataset_id": dataset_id,
+        "evaluation_id": evaluation_id,
+        "recipe": Jsonb(recipe.to_json()),
+        "recipe_digest": recipe.digest,
+        "erase_after": erase_after,
+    }
+    row = connection.execute(INSERT, values).fetchone()
+    if row is None:
+        raise AssertionError("INSERT .. RETURNING gives a row")
+    return row[0]
+
+
+def get_model(connection: Connection, name: str) -> Model:
+    """The model of that name.
+
+    Raises:
+        NotFoundError: no such model.
+    """
+    with connection.cursor(row_factory=class_row(Model)) as cursor:
+        found = cursor.execute(FIND, {"name": name}).fetchone()
+    if found is None:
+        raise NotFoundError("there is no model of that name; GET /v1/models lists them")
+    return found
+
+
+def get_model_by_id(connection: Connection, model_id: int) -> Model:
+    """The model with that id, unlocked."""
+    return _one(connection, GET, model_id)
+
+
+def lock_model(connection: Connection, model_id: int) -> Model:
+    """The model, locked FOR NO KEY UPDATE: the first lock of every transaction that publishes or declares."""
+    return _one(connection, LOCK, model_id)
+
+
+def share_model(connection: Connection, model_id: int) -> Model:
+    """The model, locked FOR SHARE: its floor cannot rise until the transaction ends (rules 3 and 5)."""
+    return _one(connection, LOCK_SHARED, model_id)
+
+
+def mark_rebuild_wanted(connection: Connection, model_id: int) -> None:
+    """Ask for the stages that are missing; the relay rings `model.rebuild` until it was heard."""
+    connection.execute(MARK_REBUILD_WANTED, {"model_id": model_id})
+
+
+def mark_rebuild_planned(connection: Connection, model_id: int, *, building: bool) -> None:
+    """The missing stages are queued; `building` says that there were any."""
+    connection.execute(MARK_REBUILD_PLANNED, {"model_id": model_id, "building": building})
+
+
+def mark_built(connection: Connection, model_id: int) -> None:
+    """What was queued has ended and is being published."""
+    connection.execute(MARK_BUILT, {"model_id": model_id})
+
+
+def seconds_since_deactivation(connection: Connection, model_id: int) -> float | None:
+    """Age of the model's newest deactivation on the database's clock; None before the first."""
+    with connection.cursor(row_factory=scalar_row) as cursor:
+        return cursor.execute(SECONDS_SINCE, {"model_id": model_id}).fetchone()
+
+
+def list_models(connection: Connection) -> list[Model]:
+    """All models by id."""
+    with connection.cursor(row_factory=class_row(Model)) as cursor:
+        return cursor.execute(LIST).fetchall()
+
+
+def list_versions(connection: Connection, model_id: int, *, limit: int = 100) -> list[Version]:
+    """The newest versions first."""
+    with connection.cursor(row_factory=class_row(Version)) as cursor:
+        return cursor.execute(LIST_VERSIONS, {"model_id": model_id, "limit": limit}).fetchall()
+
+
+def find_version(connection: Connection, model_id: int, version: int) -> Version | None:
+    """One version, or None (version 0 means that nothing was published yet)."""
+    with connection.cursor(row_factory=class_row(Version)) as cursor:
+        return cursor.execute(FIND_VERSION, {"model_id": model_id, "version": version}).fetchone()
+
+
+def _one(connection: Connection, query: LiteralString, model_id: int) -> Model:
+    with connection.cursor(row_factory=class_row(Model)) as cursor:
+        found = cursor.execute(query, {"model_id": model_id}).fetchone()
+    if found is None:
+        raise NotFoundError("there is no model with that id")
+    return found

@@ -1,0 +1,216 @@
+"""Rows of artefacts: writing, live, doomed, destroyed (rules 18, 20 and 22). Bytes are `artifacts`' business."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, LiteralString
+from uuid import UUID
+
+from psycopg.rows import class_row, scalar_row
+from psycopg.types.json import Jsonb
+
+from service.evidence.events import EventKind
+from service.store import events
+from service.store.database import Connection
+
+INSERT: LiteralString = """
+INSERT INTO artifact (object_name, kind, stage_key, cell_id, fingerprint, parent_digest, digest, bytes)
+VALUES (%(object_name)s::text, %(kind)s::artifact_kind, %(stage_key)s::text, %(cell_id)s::bigint, %(fingerprint)s::text,
+        %(parent_digest)s::text, %(digest)s::text, %(bytes)s::bigint)
+"""
+INSERT_PLATFORM: LiteralString = """
+INSERT INTO platform (fingerprint, body) VALUES (%(fingerprint)s::text, %(body)s::jsonb) ON CONFLICT DO NOTHING
+"""
+MARK_LIVE: LiteralString = """
+UPDATE artifact SET state = 'live'
+WHERE object_name = ANY(%(object_names)s::text[]) AND state = 'writing'
+"""
+LIST_LIVE_DIGESTS: LiteralString = """
+SELECT digest FROM artifact
+WHERE stage_key = %(stage_key)s::text AND kind = 'stage' AND fingerprint = %(fingerprint)s::text AND state = 'live'
+"""
+DOOM: LiteralString = """
+UPDATE artifact SET state = 'doomed', doomed_at = clock_timestamp()
+WHERE object_name = ANY(%(object_names)s::text[]) AND state IN ('writing', 'live')
+RETURNING object_name, digest, stage_key, cell_id
+"""
+DOOM_STAGES: LiteralString = """
+UPDATE artifact SET state = 'doomed', doomed_at = clock_timestamp()
+WHERE stage_key = ANY(%(stage_keys)s::text[]) AND state IN ('writing', 'live', 'lost')
+RETURNING object_name, digest, stage_key, cell_id
+"""
+DOOM_ABANDONED: LiteralString = """
+UPDATE artifact a SET state = 'doomed', doomed_at = clock_timestamp()
+WHERE a.state = 'writing' AND a.created_at < clock_timestamp() - make_interval(secs => %(seconds)s::float)
+  AND NOT EXISTS (SELECT FROM stage_job j WHERE j.stage_key = a.stage_key AND j.state = 'running')
+RETURNING object_name, digest, stage_key, cell_id
+"""
+LIST_DOOMED: LiteralString = """
+SELECT object_name, digest, stage_key, cell_id FROM artifact
+WHERE state = 'doomed' AND (%(stage_keys)s::text[] IS NULL OR stage_key = ANY(%(stage_keys)s::text[]))
+ORDER BY object_name
+LIMIT %(limit)s::int
+"""
+MARK_DESTROYED: LiteralString = """
+UPDATE artifact
+SET state = 'destroyed', destroyed_at = %(destroyed_at)s::timestamptz, checked_at = %(absent_at)s::timestamptz
+WHERE object_name = %(object_name)s::text AND state = 'doomed'
+RETURNING object_name
+"""
+LIST_SWEEPS: LiteralString = """
+SELECT object_name, digest, stage_key, cell_id FROM artifact
+WHERE state = 'destroyed' AND (
+      (sweeps = 0 AND destroyed_at < clock_timestamp() - interval '1 minute')
+   OR (sweeps = 1 AND destroyed_at < clock_timestamp() - interval '1 hour')
+   OR (sweeps = 2 AND destroyed_at < clock_timestamp() - interval '1 day'))
+ORDER BY object_name
+LIMIT %(limit)s::int
+"""
+MARK_SWEPT: LiteralString = """
+UPDATE artifact SET sweeps = sweeps + 1, checked_at = clock_timestamp()
+WHERE object_name = %(object_name)s::text AND state = 'destroyed'
+"""
+FIND_LIVE: LiteralString = """
+SELECT object_name, digest, stage_key, cell_id FROM artifact
+WHERE stage_key = ANY(%(stage_keys)s::text[]) AND kind = %(kind)s::artifact_kind AND state = 'live'
+ORDER BY stage_key, digest, object_name
+"""
+MARK_LOST: LiteralString = """
+UPDATE artifact SET state = 'lost' WHERE object_name = %(object_name)s::text AND state = 'live'
+RETURNING object_name
+"""
+LIST_NAMES: LiteralString = "SELECT object_name FROM artifact WHERE state <> 'destroyed'"
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """An artefact's row, as far as moving and destroying it needs."""
+
+    object_name: str
+    digest: str | None
+    stage_key: str | None
+    cell_id: int | None
+
+
+def insert_writing(
+    connection: Connection,
+    object_name: str,
+    *,
+    kind: str,
+    digest: str,
+    size: int,
+    stage_key: str | None = None,
+    cell_id: int | None = None,
+    fingerprint: str | None = None,
+    parent_digest: str | None = None,
+) -> None:
+    """The intent to write an object; commit it before the first byte moves (rule 20)."""
+    values = {
+        "object_name": object_name,
+        "kind": kind,
+        "stage_key": stage_key,
+        "cell_id": cell_id,
+        "fingerprint": fingerprint,
+        "parent_digest": parent_digest,
+        "digest": digest,
+        "bytes": size,
+    }
+    connection.execute(INSERT, values)
+
+
+def insert_platform(connection: Connection, fingerprint: str, body: dict[str, Any]) -> None:
+    """What a fingerprint stands for."""
+    connection.execute(INSERT_PLATFORM, {"fingerprint": fingerprint, "body": Jsonb(body)})
+
+
+def mark_live(connection: Connection, object_names: Sequence[str]) -> bool:
+    """Objects may be opened from now on; False when one of them was doomed meanwhile (rule 21)."""
+    return connection.execute(MARK_LIVE, {"object_names": list(object_names)}).rowcount == len(object_names)
+
+
+def list_live_digests(connection: Connection, stage_key: str, fingerprint: str) -> list[str]:
+    """Digests of the stage's live artefacts from one platform: at most one, or retrain-equal is broken."""
+    with connection.cursor(row_factory=scalar_row) as cursor:
+        return cursor.execute(
+            LIST_LIVE_DIGESTS, {"stage_key": stage_key, "fingerprint": fingerprint}
+        ).fetchall()
+
+
+def doom(connection: Connection, object_names: Iterable[str], **about: Any) -> list[Object]:
+    """Nobody may open these any more; a reaper destroys them if the caller dies."""
+    return _doomed(connection, DOOM, {"object_names": list(object_names)}, **about)
+
+
+def doom_stages(connection: Connection, stage_keys: Iterable[str], **about: Any) -> list[Object]:
+    """Doom every artefact of these stages: weights and what was derived from them."""
+    return _doomed(connection, DOOM_STAGES, {"stage_keys": list(stage_keys)}, **about)
+
+
+def doom_abandoned(connection: Connection, *, seconds: float) -> list[Object]:
+    """Doom objects whose writer began long ago and is not at work any more."""
+    return _doomed(connection, DOOM_ABANDONED, {"seconds": seconds})
+
+
+def list_doomed(
+    connection: Connection, stage_keys: Iterable[str] | None = None, *, limit: int = 1000
+) -> list[Object]:
+    """Objects to destroy, of these stages or all."""
+    keys = None if stage_keys is None else list(stage_keys)
+    with connection.cursor(row_factory=class_row(Object)) as cursor:
+        return cursor.execute(LIST_DOOMED, {"stage_keys": keys, "limit": limit}).fetchall()
+
+
+def mark_destroyed(
+    connection: Connection, found: Object, *, destroyed_at: object, absent_at: object, **about: Any
+) -> None:
+    """Record that the object was deleted, and that a look at `absent_at` found it absent."""
+    values = {"object_name": found.object_name, "destroyed_at": destroyed_at, "absent_at": absent_at}
+    if connection.execute(MARK_DESTROYED, values).fetchone():
+        events.append(
+            connection,
+            EventKind.ARTIFACT_DESTROYED,
+            object_name=found.object_name,
+            digest=found.digest,
+            absent_at=str(absent_at),
+            **about,
+        )
+
+
+def list_sweeps(connection: Connection, *, limit: int = 200) -> list[Object]:
+    """Destroyed objects to look at again: a paused writer may have uploaded late (rule 22)."""
+    with connection.cursor(row_factory=class_row(Object)) as cursor:
+        return cursor.execute(LIST_SWEEPS, {"limit": limit}).fetchall()
+
+
+def mark_swept(connection: Connection, object_name: str) -> None:
+    """The object was looked for again and is absent."""
+    connection.execute(MARK_SWEPT, {"object_name": object_name})
+
+
+def list_live(connection: Connection, stage_keys: Iterable[str], *, kind: str) -> list[Object]:
+    """Live artefacts of one kind of these stages."""
+    with connection.cursor(row_factory=class_row(Object)) as cursor:
+        return cursor.execute(FIND_LIVE, {"stage_keys": list(stage_keys), "kind": kind}).fetchall()
+
+
+def mark_lost(connection: Connection, found: Object) -> None:
+    """A live object is not there: its stage is unusable and must be trained again (rule 20)."""
+    if connection.execute(MARK_LOST, {"object_name": found.object_name}).rowcount:
+        events.append(connection, EventKind.ARTIFACT_LOST, object_name=found.object_name, digest=found.digest)
+
+
+def list_names(connection: Connection) -> set[str]:
+    """Names of all objects that may lawfully be there."""
+    with connection.cursor(row_factory=scalar_row) as cursor:
+        return set(cursor.execute(LIST_NAMES).fetchall())
+
+
+def _doomed(
+    connection: Connection, query: LiteralString, values: dict[str, Any], **about: Any
+) -> list[Object]:
+    with connection.cursor(row_factory=class_row(Object)) as cursor:
+        found = cursor.execute(query, values).fetchall()
+    for each in found:
+        events.append(
+            connection, EventKind.ARTIFACT_DOOMED, object_name=each.object_name, digest=each.digest, **about
+        )
+    return found

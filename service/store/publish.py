@@ -1,0 +1,106 @@
+"""Publishing a version: the one function that deactivation, rebuild and roll-back all take (rule 8)."""
+
+from dataclasses import dataclass
+from typing import LiteralString
+
+from psycopg.types.json import Jsonb
+
+from service.evidence.events import EventKind
+from service.store import cells, events, models, stages
+from service.store.database import Connection
+from service.store.models import Model
+from shards import plan
+from shards.assembly import Assembly
+
+INSERT_ASSEMBLY: LiteralString = """
+INSERT INTO assembly (digest, body) VALUES (%(digest)s::text, %(body)s::jsonb) ON CONFLICT DO NOTHING
+"""
+INSERT_VERSION: LiteralString = """
+INSERT INTO model_version (model_id, version, assembly, cause, canonical)
+VALUES (%(model_id)s::bigint, %(version)s::bigint, %(assembly)s::text, %(cause)s::version_cause, %(canonical)s::boolean)
+"""
+MARK_DEACTIVATED: LiteralString = """
+UPDATE model
+SET version = %(version)s::bigint, floor = %(version)s::bigint, published_at = clock_timestamp()
+WHERE model_id = %(model_id)s::bigint AND version = %(version)s::bigint - 1
+"""
+MARK_REBUILT: LiteralString = """
+UPDATE model SET version = %(version)s::bigint
+WHERE model_id = %(model_id)s::bigint AND version = %(version)s::bigint - 1
+"""
+NOTIFY: LiteralString = "SELECT pg_notify('expunge_model', %(model_id)s::text)"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What would serve, computed under the model's lock from everything that is clean now."""
+
+    assembly: Assembly
+    canonical: bool
+    tainted: frozenset[str]
+    """Stages of the model, trained or coming, whose lineage holds a tombstone."""
+
+
+def candidate(connection: Connection, model: Model) -> Candidate:
+    """Compute taint of every stage against all tombstones, and the assembly of the clean ones."""
+    recipe = model.parsed_recipe
+    open_stages = stages.list_open(connection, model.model_id, model.recipe_digest)
+    touched = stages.list_touched(connection, open_stages.stages)
+    tainted = plan.tainted(open_stages.stages.values(), touched)
+    roots = today(connection, model)
+    assembly = plan.assemble(
+        model.recipe_digest,
+        recipe.shards,
+        recipe.slice_orders,
+        open_stages.live(without=tainted),
+        open_stages.digests,
+        roots,
+    )
+    return Candidate(assembly, plan.canonical(assembly, recipe.slice_orders, roots), tainted)
+
+
+def today(connection: Connection, model: Model) -> dict[int, dict[int, str]]:
+    """Newest manifest roots of the model's dataset: shard -> slice -> root."""
+    roots: dict[int, dict[int, str]] = {}
+    for cell in cells.list_grid(connection, model.dataset_id):
+        roots.setdefault(cell.shard, {})[cell.slice] = cell.root
+    return roots
+
+
+def publish(connection: Connection, model: Model, found: Candidate, *, cause: str) -> int:
+    """Make `found` the next version of the locked `model`; a deactivation raises the floor with it.
+
+    Replicas hear of it when the transaction commits.
+
+    Returns:
+        The new version's number.
+    """
+    version = model.version + 1
+    at = {"model_id": model.model_id, "version": version}
+    connection.execute(
+        INSERT_ASSEMBLY, {"digest": found.assembly.digest, "body": Jsonb(found.assembly.to_json())}
+    )
+    connection.execute(
+        INSERT_VERSION,
+        {**at, "assembly": found.assembly.digest, "cause": cause, "canonical": found.canonical},
+    )
+    raised = cause == "deactivate"
+    connection.execute(MARK_DEACTIVATED if raised else MARK_REBUILT, at)
+    connection.execute(NOTIFY, {"model_id": str(model.model_id)})
+    events.append(
+        connection,
+        EventKind.VERSION_PUBLISHED,
+        model_id=model.model_id,
+        version=version,
+        floor=version if raised else model.floor,
+        assembly=found.assembly.digest,
+        cause=cause,
+        canonical=found.canonical,
+    )
+    return version
+
+
+def served_digest(connection: Connection, model: Model) -> str | None:
+    """Digest of the assembly that the model's newest version serves."""
+    newest = models.find_version(connection, model.model_id, model.version)
+    return newest.assembly if newest else None

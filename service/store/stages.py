@@ -1,0 +1,200 @@
+"""Stages, their lineage and their artefacts as the planner sees them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import LiteralString
+from uuid import UUID
+
+from psycopg.rows import class_row
+
+from service.store.database import Connection
+from shards.stages import CellRoot, Stage
+
+TAINTED_CELL: LiteralString = """
+    EXISTS (SELECT FROM tombstone t
+            WHERE t.cell_id = sc.cell_id AND t.lifted_at IS NULL AND t.added <= sc.generation AND t.removed IS NULL)
+    OR EXISTS (SELECT FROM tombstone t
+               WHERE t.cell_id = sc.cell_id AND t.lifted_at IS NULL AND t.added <= sc.generation
+                 AND t.removed > sc.generation)
+"""
+LIST_OPEN: LiteralString = """
+SELECT s.stage_key, s.shard, s.prefix, s.roots, s.parent, a.digest, a.parent_digest, a.object_name
+FROM stage s
+LEFT JOIN artifact a ON a.stage_key = s.stage_key AND a.kind = 'stage' AND a.state = 'live'
+WHERE s.model_id = %(model_id)s::bigint
+  AND (a.object_name IS NOT NULL
+       OR EXISTS (SELECT FROM stage_job j WHERE j.stage_key = s.stage_key AND j.state IN ('queued', 'running')))
+ORDER BY cardinality(s.prefix), s.stage_key, a.digest
+"""
+LIST_TOUCHED: LiteralString = (
+    """
+SELECT DISTINCT c.shard, c.slice, m.root
+FROM stage s
+JOIN stage_cell sc ON sc.stage_key = s.stage_key
+JOIN cell c ON c.cell_id = sc.cell_id
+JOIN cell_manifest m ON m.cell_id = sc.cell_id AND m.generation = sc.generation
+WHERE s.stage_key = ANY(%(stage_keys)s::text[]) AND ("""
+    + TAINTED_CELL
+    + ")"
+)
+LIST_TOUCHED_BY: LiteralString = """
+SELECT DISTINCT rr.request_id, c.shard, c.slice, m.root
+FROM deletion_request_record rr
+JOIN tombstone t ON t.record_id = rr.record_id AND t.lifted_at IS NULL
+JOIN cell c ON c.cell_id = t.cell_id
+JOIN stage_cell sc ON sc.cell_id = t.cell_id
+     AND t.added <= sc.generation AND (t.removed IS NULL OR sc.generation < t.removed)
+JOIN cell_manifest m ON m.cell_id = sc.cell_id AND m.generation = sc.generation
+WHERE sc.stage_key = ANY(%(stage_keys)s::text[]) AND rr.request_id = ANY(%(request_ids)s::uuid[])
+"""
+INSERT: LiteralString = """
+INSERT INTO stage (stage_key, model_id, shard, prefix, roots, parent)
+VALUES (%(stage_key)s::text, %(model_id)s::bigint, %(shard)s::int, %(prefix)s::int[], %(roots)s::text[], %(parent)s::text)
+ON CONFLICT DO NOTHING
+"""
+INSERT_CELL: LiteralString = """
+INSERT INTO stage_cell (stage_key, cell_id, generation)
+VALUES (%(stage_key)s::text, %(cell_id)s::bigint, %(generation)s::bigint)
+ON CONFLICT DO NOTHING
+"""
+LIST_HELD: LiteralString = """
+SELECT s.stage_key, s.shard, s.prefix, s.roots, s.parent,
+       NULL::text AS digest, NULL::text AS parent_digest, NULL::text AS object_name
+FROM stage s
+WHERE s.model_id = %(model_id)s::bigint
+  AND (EXISTS (SELECT FROM artifact a WHERE a.stage_key = s.stage_key AND a.state <> 'destroyed')
+       OR EXISTS (SELECT FROM stage_job j WHERE j.stage_key = s.stage_key AND j.state IN ('queued', 'running')))
+"""
+LIST_BY_KEY: LiteralString = """
+SELECT stage_key, shard, prefix, roots, parent,
+       NULL::text AS digest, NULL::text AS parent_digest, NULL::text AS object_name
+FROM stage WHERE stage_key = ANY(%(stage_keys)s::text[])
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StageRow:
+    """A stage that is live or on its way; without an artefact, `digest` and what follows are None."""
+
+    stage_key: str
+    shard: int
+    prefix: list[int]
+    roots: list[str]
+    parent: str | None
+    digest: str | None
+    parent_digest: str | None
+    object_name: str | None
+
+    def stage(self, recipe: str) -> Stage:
+        """The stage as the core knows it."""
+        return Stage(recipe, self.shard, tuple(self.prefix), tuple(self.roots), self.parent)
+
+
+@dataclass(frozen=True, slots=True)
+class TouchedRow:
+    """A manifest that a request's records lie in."""
+
+    request_id: UUID
+    shard: int
+    slice: int
+    root: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStages:
+    """All of a model that can be served or is being trained."""
+
+    stages: dict[str, Stage]
+    """By key, those without an artefact included."""
+    digests: dict[str, str]
+    """Artefact digest of each live stage; one that fits the chosen digest of its parent."""
+    objects: dict[str, str]
+    """Object name of each of those digests."""
+
+    def live(self, without: Iterable[str] = ()) -> dict[str, Stage]:
+        """Stages with an artefact, but for the keys `without`."""
+        out = set(without)
+        return {key: stage for key, stage in self.stages.items() if key in self.digests and key not in out}
+
+
+def list_open(connection: Connection, model_id: int, recipe: str) -> OpenStages:
+    """Live and coming stages of a model, with one artefact each.
+
+    Where two platforms trained one key, the smallest digest whose parent digest is the one chosen for the parent is
+    taken: a child stands on the parent it was trained on.
+    """
+    with connection.cursor(row_factory=class_row(StageRow)) as cursor:
+        rows = cursor.execute(LIST_OPEN, {"model_id": model_id}).fetchall()
+    found = OpenStages({}, {}, {})
+    for row in rows:  # parents first
+        found.stages[row.stage_key] = row.stage(recipe)
+        fits = row.parent is None or found.digests.get(row.parent) == row.parent_digest
+        if row.digest and row.object_name and row.stage_key not in found.digests and fits:
+            found.digests[row.stage_key] = row.digest
+            found.objects[row.digest] = row.object_name
+    return found
+
+
+def list_held(connection: Connection, model_id: int, recipe: str) -> dict[str, Stage]:
+    """Stages of which any trace is left or coming: what a request's plan has to name."""
+    with connection.cursor(row_factory=class_row(StageRow)) as cursor:
+        rows = cursor.execute(LIST_HELD, {"model_id": model_id}).fetchall()
+    return {row.stage_key: row.stage(recipe) for row in rows}
+
+
+def list_by_key(connection: Connection, stage_keys: Iterable[str], recipe: str) -> dict[str, Stage]:
+    """Stages by key, whatever became of them."""
+    with connection.cursor(row_factory=class_row(StageRow)) as cursor:
+        rows = cursor.execute(LIST_BY_KEY, {"stage_keys": list(stage_keys)}).fetchall()
+    return {row.stage_key: row.stage(recipe) for row in rows}
+
+
+def list_touched(connection: Connection, stage_keys: Iterable[str]) -> frozenset[CellRoot]:
+    """The manifests in those stages' lineage that hold a record with an open tombstone."""
+    with connection.cursor(row_factory=class_row(CellRoot)) as cursor:
+        return frozenset(cursor.execute(LIST_TOUCHED, {"stage_keys": list(stage_keys)}).fetchall())
+
+
+def list_touched_by(
+    connection: Connection, stage_keys: Iterable[str], request_ids: Sequence[UUID]
+) -> dict[UUID, frozenset[CellRoot]]:
+    """Per request the manifests in those stages' lineage that hold one of the request's own records."""
+    values = {"stage_keys": list(stage_keys), "request_ids": list(request_ids)}
+    with connection.cursor(row_factory=class_row(TouchedRow)) as cursor:
+        rows = cursor.execute(LIST_TOUCHED_BY, values).fetchall()
+    touched: dict[UUID, set[CellRoot]] = {request_id: set() for request_id in request_ids}
+    for row in rows:
+        touched[row.request_id].add(CellRoot(row.shard, row.slice, row.root))
+    return {request_id: frozenset(cells) for request_id, cells in touched.items()}
+
+
+def insert_stages(
+    connection: Connection,
+    model_id: int,
+    stages: Sequence[Stage],
+    places: dict[tuple[int, int], tuple[int, int]],
+) -> None:
+    """Stages with their lineage; `places` gives (cell id, generation) by (shard, slice). Known ones stay as they are."""
+    with connection.cursor() as cursor:
+        cursor.executemany(
+            INSERT,
+            [
+                {
+                    "stage_key": stage.key,
+                    "model_id": model_id,
+                    "shard": stage.shard,
+                    "prefix": list(stage.prefix),
+                    "roots": list(stage.roots),
+                    "parent": stage.parent,
+                }
+                for stage in stages
+            ],
+        )
+        cursor.executemany(
+            INSERT_CELL,
+            [
+                {"stage_key": stage.key, "cell_id": cell_id, "generation": generation}
+                for stage in stages
+                for cell_id, generation in (places[stage.shard, s] for s in stage.prefix)
+            ],
+        )

@@ -1,0 +1,47 @@
+"""Fixtures of the API's tests; a pytest plugin, so nothing is imported from it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from api_client import Api, serving, write_keys
+
+from service.settings import Settings
+from service.store import api_keys
+from service.store.api_keys import Scope
+from service.store.database import make_pool
+
+
+@pytest.fixture
+def api_settings(database: Any, valkey: str, tmp_path: Path) -> Settings:
+    return Settings(
+        database_url=database.app_url,
+        redis_url=valkey,
+        artifact_url=(tmp_path / "artifacts").as_uri(),
+        keys_dir=write_keys(tmp_path / "keys"),
+        record_limit_bytes=2**20,
+    )
+
+
+@pytest.fixture
+def api(api_settings: Settings, database: Any) -> Iterator[Api]:
+    first = api_keys.bootstrap(database.owner_url)
+    assert first is not None
+    with ExitStack() as stack:
+        url = stack.enter_context(serving(api_settings))
+        pool = make_pool(api_settings.database_url, size=2)
+        stack.callback(pool.close)
+        pool.open()
+
+        def client(token: str) -> httpx.Client:
+            headers = {"Authorization": f"Bearer {token}"}
+            return stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=30))
+
+        def with_scopes(*scopes: Scope) -> httpx.Client:
+            with pool.connection() as connection:
+                return client(api_keys.create(connection, "test", scopes))
+
+        yield Api(url, api_settings, client(first), pool, with_scopes)

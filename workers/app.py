@@ -1,0 +1,30 @@
+"""The Celery app: JSON only, ids only, late acknowledgement. Redis is a doorbell; Postgres knows what is to be done."""
+
+from celery import Celery
+
+from service.settings import settings
+from service.store.broker import TRANSPORT_OPTIONS, broker_url
+
+QUEUES = {
+    "targets.plan": "plan",
+    "target.erase": "default",
+    "target.certify": "default",
+    "model.rebuild": "default",
+    "model.publish": "default",
+    "stages.train": "train",
+}
+
+app = Celery("expunge", broker=broker_url(settings().redis_url), include=["workers.tasks"])
+app.conf.update(
+    broker_connection_retry_on_startup=True,
+    broker_transport_options=TRANSPORT_OPTIONS,
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,
+    task_ignore_result=True,
+    task_serializer="json",
+    accept_content=["json"],
+    task_routes={name: {"queue": queue} for name, queue in QUEUES.items()},
+    task_publish_retry=False,
+    worker_prefetch_multiplier=1,
+    worker_hijack_root_logger=False,
+)

@@ -1,0 +1,47 @@
+"""The last step: a signed certificate from committed rows, stored in the transaction that completes the target."""
+
+from datetime import UTC, datetime
+from uuid import UUID
+
+from service.domain.requests import State
+from service.evidence.certificate import issue
+from service.evidence.events import EventKind
+from service.evidence.keys import load_signing_key
+from service.store import events, evidence, targets
+from service.store.database import retrying, transaction
+from shards.digest import canonical, sha256_hex
+from workers.context import Context
+
+
+def certify_target(context: Context, request_id: UUID, model_id: int) -> bool:
+    """Issue the certificate of an erased target; False when it is not this target's turn.
+
+    Signed twice after a crash, stored once: the row is unique, and its payload comes from committed rows only.
+    """
+    with transaction(context.pool) as connection:
+        attempts = targets.raise_attempts(connection, request_id, model_id, State.ERASING)
+        if attempts is None:
+            return False
+        if attempts > context.settings.target_attempts:
+            targets.mark_failed(connection, request_id, model_id, State.ERASING, "AttemptsExhausted")
+            events.append(
+                connection,
+                EventKind.TARGET_FAILED,
+                request_id=request_id,
+                model_id=model_id,
+                error="AttemptsExhausted",
+                attempts=attempts,
+            )
+            return False
+    with transaction(context.pool) as connection:
+        found = evidence.get_evidence(connection, request_id, model_id, issued_at=datetime.now(UTC))
+    if found is None:
+        return False
+    envelope = issue(found, load_signing_key(context.settings.keys_dir / "signing.pem"))
+    digest = sha256_hex(canonical(envelope))
+
+    def step() -> bool:
+        with transaction(context.pool) as connection:
+            return evidence.insert_certificate(connection, found, model_id, envelope, digest)
+
+    return retrying(step)

@@ -1,0 +1,94 @@
+"""The loops as one program: barrier, relay, reaper. `python -m workers.loops`; any number of them may run."""
+
+import signal
+import threading
+from collections.abc import Callable
+
+import psycopg
+import structlog
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from service.domain.errors import UnavailableError
+from service.logs import configure_logs
+from service.store.database import Connection, connect
+from workers.barrier import Barrier
+from workers.context import Context, context
+from workers.reaper import Reaper
+from workers.relay import Relay
+
+log = structlog.get_logger()
+
+RELAY_SECONDS = 0.25
+REAPER_SECONDS = 1.0
+WAITING_SECONDS = 0.02
+"""How often the barrier looks while a floor is waited for, should a notification be lost."""
+IDLE_SECONDS = 0.5
+RETRY_SECONDS = 0.5
+PASSING = (UnavailableError, psycopg.OperationalError, RedisError, OperationalError, OSError)
+"""Stores that are away: wait and look again."""
+
+
+def every(stop: threading.Event, name: str, seconds: float, look: Callable[[], object]) -> None:
+    """Call `look` until `stop`; a store that is away is logged and tried again."""
+    while not stop.wait(seconds):
+        try:
+            look()
+        except PASSING as error:
+            log.warning("loop.waiting", loop=name, error=type(error).__name__)
+            stop.wait(RETRY_SECONDS)
+
+
+def watch(stop: threading.Event, chosen: Context, barrier: Barrier) -> None:
+    """The barrier at the pace of acknowledgements: LISTEN, commit, then read (protocol.md section 4)."""
+    listener: Connection | None = None
+    waiting = True
+    while not stop.is_set():
+        try:
+            if listener is None or listener.closed:
+                listener = connect(chosen.settings.listen_url, autocommit=True)
+                listener.execute("LISTEN expunge_ack")
+                listener.execute("LISTEN expunge_model")
+                waiting = True
+            for _ in listener.notifies(timeout=WAITING_SECONDS if waiting else IDLE_SECONDS, stop_after=1):
+                pass
+            waiting = barrier.look()
+        except PASSING as error:
+            log.warning("loop.waiting", loop="barrier", error=type(error).__name__)
+            if listener is not None:
+                listener.close()
+            listener = None
+            stop.wait(RETRY_SECONDS)
+    if listener is not None:
+        listener.close()
+
+
+def main() -> None:
+    """Run until SIGTERM or SIGINT."""
+    configure_logs("loops")
+    chosen = context()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    barrier = Barrier(chosen.pool, chosen.bell, margin=chosen.settings.lease_margin_ms / 1000)
+    relay = Relay(chosen.pool, chosen.bell)
+    reaper = Reaper(chosen.pool, chosen.artifacts, job_attempts=chosen.settings.job_attempts)
+    loops = [
+        threading.Thread(target=watch, args=(stop, chosen, barrier)),
+        threading.Thread(target=every, args=(stop, "relay", RELAY_SECONDS, relay.look)),
+        threading.Thread(target=every, args=(stop, "reaper", REAPER_SECONDS, reaper.look)),
+        threading.Thread(target=every, args=(stop, "silent", REAPER_SECONDS, barrier.end_silent)),
+    ]
+    for loop in loops:
+        loop.start()
+    while not stop.wait(1):
+        if not all(loop.is_alive() for loop in loops):
+            log.error("loops.died")  # the supervisor starts the program again
+            stop.set()
+    for loop in loops:
+        loop.join(timeout=5)
+    chosen.pool.close()
+
+
+if __name__ == "__main__":
+    main()

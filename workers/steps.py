@@ -1,0 +1,217 @@
+"""The steps of a request, callable without Celery. Each is one or more whole transactions; none trusts a message."""
+
+import json
+import time
+from uuid import UUID
+
+import psycopg
+import structlog
+
+from service.domain.requests import State
+from service.evidence.events import EventKind
+from service.store import cells, events, jobs, models, publish, stages, targets
+from service.store.database import Connection, retrying, transaction
+from service.store.models import Model
+from service.store.targets import Claimed, Place
+from shards import plan
+from workers.certify import certify_target
+from workers.context import Context
+from workers.erase import erase_target
+
+__all__ = ["certify_target", "erase_target", "plan_targets", "publish_model", "rebuild_model"]
+
+log = structlog.get_logger()
+
+SPACING_SECONDS = 0.1
+"""At most one deactivation per model in this time; requests that come meanwhile share the next (rule 27)."""
+
+
+def plan_targets(context: Context, model_id: int) -> int:
+    """Take all received targets of a model and publish one deactivation for them.
+
+    Returns:
+        How many targets were taken; 0 where another planner was faster.
+    """
+    _drop_hopeless(context, model_id)
+    with transaction(context.pool) as connection:
+        age = models.seconds_since_deactivation(connection, model_id)
+    if age is not None and age < SPACING_SECONDS:
+        time.sleep(SPACING_SECONDS - age)
+
+    def step() -> int:
+        with transaction(context.pool) as connection:
+            return _plan(connection, model_id)
+
+    return retrying(step)
+
+
+def _drop_hopeless(context: Context, model_id: int) -> None:
+    """Count an attempt of overdue targets before the work, so that one that kills its planner fails in the end."""
+    with transaction(context.pool) as connection:
+        for overdue in targets.raise_overdue(connection, model_id):
+            if overdue.attempts > context.settings.target_attempts:
+                _fail(
+                    connection, overdue.request_id, model_id, State.RECEIVED, "PlannerDied", overdue.attempts
+                )
+
+
+def _plan(connection: Connection, model_id: int) -> int:
+    model = models.lock_model(connection, model_id)
+    claimed = targets.claim_received(connection, model_id)
+    if not claimed:
+        return 0
+    try:
+        with connection.transaction():
+            _deactivate(connection, model, claimed)
+    except psycopg.errors.DatabaseError as error:
+        if isinstance(error, psycopg.OperationalError) or len(claimed) == 0:
+            raise
+        _deactivate_singly(connection, model, claimed)
+    return len(claimed)
+
+
+def _deactivate_singly(connection: Connection, model: Model, claimed: list[Claimed]) -> None:
+    """One bad target must not poison the batch (rule 27): try each in a savepoint of its own."""
+    for one in claimed:
+        try:
+            with connection.transaction():
+                _deactivate(connection, models.lock_model(connection, model.model_id), [one])
+        except psycopg.errors.DatabaseError as error:
+            if isinstance(error, psycopg.OperationalError):
+                raise
+            _fail(connection, one.request_id, model.model_id, State.RECEIVED, type(error).__name__, 1)
+
+
+def _deactivate(connection: Connection, model: Model, claimed: list[Claimed]) -> None:
+    """Records to tombstones to tainted stages to the next version, under model, subject and cell locks."""
+    targets.lock_subjects(connection, [one.subject_id for one in claimed if one.subject_id])
+    places = targets.list_places(connection, model.dataset_id, [one.request_id for one in claimed])
+    cells.lock_cells(connection, {place.cell_id for place in places})
+    matched = list(dict.fromkeys(place.request_id for place in places))
+    unmatched = [one.request_id for one in claimed if one.request_id not in set(matched)]
+    if unmatched:
+        _complete_unmatched(connection, model, unmatched)
+    if not matched:
+        return
+    targets.insert_tombstones(connection, places)
+    targets.insert_do_not_train(connection, model.dataset_id, matched)
+    found = publish.candidate(connection, model)
+    for key in jobs.cancel(connection, found.tainted):
+        events.append(connection, EventKind.STAGE_CANCELLED, model_id=model.model_id, stage=key)
+    version = model.floor
+    unchanged = (
+        found.assembly.digest == publish.served_digest(connection, model) and model.floor == model.version
+    )
+    if model.version > 0 and not unchanged:  # a floor below the version lets an older, tainted one be served
+        version = publish.publish(connection, model, found, cause="deactivate")
+    models.mark_rebuild_wanted(connection, model.model_id)
+    _freeze_plans(connection, model, version, places, matched)
+
+
+def _complete_unmatched(connection: Connection, model: Model, unmatched: list[UUID]) -> None:
+    targets.mark_no_match(connection, model.model_id, unmatched)
+    for request_id in unmatched:
+        events.append(
+            connection,
+            EventKind.TARGET_COMPLETED,
+            request_id=request_id,
+            model_id=model.model_id,
+            outcome="no_match",
+        )
+
+
+def _freeze_plans(
+    connection: Connection, model: Model, version: int, places: list[Place], matched: list[UUID]
+) -> None:
+    """Write on each target which stages its own records tainted; erasure goes by this, not by a later look."""
+    held = stages.list_held(connection, model.model_id, model.recipe_digest)
+    touched = stages.list_touched_by(connection, held, matched)
+    counts: dict[UUID, int] = {}
+    for place in places:
+        counts[place.request_id] = counts.get(place.request_id, 0) + 1
+    plans: dict[UUID, str] = {}
+    for request_id in matched:
+        keys = sorted(plan.tainted(held.values(), touched[request_id]))
+        plans[request_id] = json.dumps({"stages": keys})
+        events.append(
+            connection,
+            EventKind.TARGET_DEACTIVATING,
+            request_id=request_id,
+            model_id=model.model_id,
+            version=version,
+            records=counts[request_id],
+            stages=keys,
+        )
+    targets.mark_deactivating(connection, model.model_id, version, plans)
+
+
+def _fail(
+    connection: Connection, request_id: UUID, model_id: int, state: State, error: str, attempts: int
+) -> None:
+    if targets.mark_failed(connection, request_id, model_id, state, error) is not None:
+        events.append(
+            connection,
+            EventKind.TARGET_FAILED,
+            request_id=request_id,
+            model_id=model_id,
+            error=error,
+            attempts=attempts,
+        )
+        log.error("target.failed", request_id=str(request_id), model_id=model_id, error=error)
+
+
+def rebuild_model(context: Context, model_id: int) -> int:
+    """Queue every stage that full depth of all orders needs on today's manifests; returns how many.
+
+    Cells whose records are sealed but not erased get their next manifest first, so that no new stage reads them.
+    """
+
+    def step() -> int:
+        with transaction(context.pool) as connection:
+            return _queue_missing(connection, model_id)
+
+    queued = retrying(step)
+    if queued:
+        context.bell.ring("stages.train")
+    return queued
+
+
+def _queue_missing(connection: Connection, model_id: int) -> int:
+    model = models.lock_model(connection, model_id)
+    sealed = cells.list_sealed(connection, model.dataset_id)
+    for cell in cells.lock_cells(connection, sealed):
+        cells.advance(connection, cell, object_name=cell.object_name)
+    recipe = model.parsed_recipe
+    grid = cells.list_grid(connection, model.dataset_id)
+    open_stages = stages.list_open(connection, model_id, model.recipe_digest)
+    have = frozenset(open_stages.stages) - plan.tainted(
+        open_stages.stages.values(), stages.list_touched(connection, open_stages.stages)
+    )
+    wanted = plan.missing(model.recipe_digest, recipe.slice_orders, publish.today(connection, model), have)
+    places = {(cell.shard, cell.slice): (cell.cell_id, cell.generation) for cell in grid}
+    stages.insert_stages(connection, model_id, wanted, places)
+    jobs.insert_jobs(connection, model_id, [stage.key for stage in wanted])
+    if wanted:
+        events.append(
+            connection, EventKind.STAGE_QUEUED, model_id=model_id, stages=[stage.key for stage in wanted]
+        )
+    models.mark_rebuild_planned(connection, model_id, building=bool(wanted))
+    return len(wanted)
+
+
+def publish_model(context: Context, model_id: int) -> int | None:
+    """Serve the best clean assembly once no job is open; None when jobs are, or nothing changed."""
+
+    def step() -> int | None:
+        with transaction(context.pool) as connection:
+            model = models.lock_model(connection, model_id)
+            if not model.building or jobs.count_open(connection, model_id):
+                return None
+            models.mark_built(connection, model_id)
+            found = publish.candidate(connection, model)
+            if found.assembly.digest == publish.served_digest(connection, model):
+                return None
+            cause = "rebuild" if model.version else "train"
+            return publish.publish(connection, model, found, cause=cause)
+
+    return retrying(step)

@@ -1,0 +1,299 @@
+"""Training of queued stages: claim under a token, train, publish only what is still clean (protocol.md section 4)."""
+
+import threading
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from uuid import uuid4
+
+import structlog
+
+from service.evidence.events import EventKind
+from service.store import cells, events, jobs, lineage, models, objects, payloads, stages
+from service.store.artifacts import ArtifactMissingError
+from service.store.database import Connection, connect, retrying, transaction
+from service.store.jobs import Job
+from service.store.models import Model
+from shards.digest import digest_of, sha256_hex
+from shards.engine.artifacts import decode_verified
+from shards.engine.determinism import fingerprint, prepare
+from shards.engine.s3t import S3T, check_lineage
+from shards.manifest import Record
+from shards.recipe import Recipe
+from shards.stages import Stage
+from workers import evaluation
+from workers.context import Context
+
+log = structlog.get_logger()
+
+BEAT_SECONDS = 2.0
+
+
+class CancelledError(Exception):
+    """The job was cancelled or given to another worker while it ran."""
+
+
+class RefusedError(Exception):
+    """The stage may not be published; the reason is the message."""
+
+
+def train_queued(context: Context) -> int:
+    """Train jobs until none can be taken; returns how many stages were published.
+
+    A child of the stage just trained is preferred: its features are in this process's memory. They leave it at the end.
+    """
+    trained, after = 0, None
+    engine: S3T | None = None
+    try:
+        while True:
+            with transaction(context.pool) as connection:
+                job = jobs.claim_job(connection, after=after)
+            if job is None:
+                return trained
+            engine, published = _attempt(context, job)
+            trained += published
+            after = job.stage_key if published else None
+            context.bell.ring("stages.train")  # a sibling may have become free for another worker
+            _publish_when_last(context, job.model_id)
+    finally:
+        if engine is not None:
+            engine.trunk.clear()
+
+
+def _publish_when_last(context: Context, model_id: int) -> None:
+    with transaction(context.pool) as connection:
+        last = jobs.count_open(connection, model_id) == 0
+    if last:
+        context.bell.ring("model.publish", model_id)
+
+
+def _attempt(context: Context, job: Job) -> tuple[S3T | None, bool]:
+    """One attempt at a job; whatever goes wrong is on the job's row, and the worker lives on."""
+    engine: S3T | None = None
+    error = ""
+    try:
+        with transaction(context.pool) as connection:
+            model = models.get_model_by_id(connection, job.model_id)
+        engine = _engine(model.recipe_digest, context.settings.device, model.parsed_recipe)
+        _train(context, engine, model, job)
+    except CancelledError:
+        log.info("stage.cancelled", stage=job.stage_key)
+        if engine is not None:
+            engine.trunk.clear()
+        return engine, False
+    except RefusedError as refusal:
+        error = str(refusal)
+    except Exception as failure:  # noqa: BLE001 - a job must never take its worker with it; the class goes on the row
+        error = type(failure).__name__
+        log.warning("stage.attempt_failed", stage=job.stage_key, error=error)
+    if error:
+        _mark_tried(context, job, error)
+    return engine, not error
+
+
+def _mark_tried(context: Context, job: Job, error: str) -> None:
+    with transaction(context.pool) as connection:
+        tried = jobs.mark_tried(connection, job, error, limit=context.settings.job_attempts)
+        if tried is not None and tried.state == "failed":
+            events.append(
+                connection,
+                EventKind.STAGE_FAILED,
+                model_id=job.model_id,
+                stage=job.stage_key,
+                error=error,
+                attempts=tried.attempts,
+            )
+
+
+@lru_cache(maxsize=1)
+def _engine(_recipe_digest: str, device: str, recipe: Recipe) -> S3T:
+    """The engine of one recipe, kept while this worker trains it."""
+    prepare()
+    return S3T(recipe, device=device)
+
+
+def platform_of(engine: S3T, device: str) -> dict[str, str]:
+    """The platform fingerprint of what this process trains."""
+    return fingerprint(device, engine.recipe.precision) | {"trunk": engine.purity}
+
+
+def _train(context: Context, engine: S3T, model: Model, job: Job) -> None:
+    with _Beat(context, job) as alive:
+        stage, records, parents = _inputs(context, model, job)
+
+        def progress(_done: int, _total: int) -> None:
+            if not alive():
+                raise CancelledError
+
+        data = engine.train(stage, records, parents, progress)
+        name = f"stages/{stage.key}/{sha256_hex(data)}/{uuid4()}.safetensors"
+        platform = platform_of(engine, context.settings.device)
+        parent = sha256_hex(parents[-1]) if parents else None
+        _write(context, job, name, data, kind="stage", parent=parent, platform=platform)
+        names = [name, *evaluation.write(context, engine, model, job, stage, [*parents, data], platform)]
+        _publish(context, model, job, stage, sha256_hex(data), names, platform)
+
+
+def _inputs(context: Context, model: Model, job: Job) -> tuple[Stage, list[Record], list[bytes]]:
+    """The stage, exactly the records of its manifests, and its ancestors' verified artefacts."""
+    with transaction(context.pool) as connection:
+        stage = stages.list_by_key(connection, [job.stage_key], model.recipe_digest)[job.stage_key]
+        open_stages = stages.list_open(connection, model.model_id, model.recipe_digest)
+        reads = lineage.list_reads(connection, job.stage_key)
+        active = {read.slice: cells.list_active(connection, read.cell_id, read.generation) for read in reads}
+    records: Mapping[int, list[Record]] = {
+        read.slice: [
+            stored.record
+            for stored in (
+                payloads.decode(context.artifacts.get(read.object_name)) if read.object_name else []
+            )
+            if stored.record.record_id in active[read.slice]
+        ]
+        for read in reads
+    }
+    parents: list[bytes] = []
+    key = stage.parent
+    while key is not None:
+        digest = open_stages.digests.get(key)
+        if digest is None:
+            raise RefusedError("ParentGone")
+        data = _verified(context, open_stages.objects[digest], digest)
+        parents.insert(0, data)
+        key = open_stages.stages[key].parent
+    return stage, check_lineage(stage, records), parents
+
+
+def _verified(context: Context, object_name: str, digest: str) -> bytes:
+    try:
+        data = context.artifacts.get(object_name)
+    except ArtifactMissingError:
+        with transaction(context.pool) as connection:
+            objects.mark_lost(connection, objects.Object(object_name, digest, None, None))
+        raise
+    decode_verified(data, digest)
+    return data
+
+
+def _write(
+    context: Context,
+    job: Job,
+    name: str,
+    data: bytes,
+    *,
+    kind: str,
+    parent: str | None,
+    platform: dict[str, str],
+) -> None:
+    """The intent row first, under the job's token, so that no name appears after a cancellation (rules 20 and 22)."""
+    with transaction(context.pool) as connection:
+        if not jobs.lock_claimed(connection, job):
+            raise CancelledError
+        objects.insert_platform(connection, digest_of(platform), platform)
+        objects.insert_writing(
+            connection,
+            name,
+            kind=kind,
+            stage_key=job.stage_key,
+            digest=sha256_hex(data),
+            size=len(data),
+            fingerprint=digest_of(platform),
+            parent_digest=parent,
+        )
+    context.artifacts.put(name, data)
+
+
+def _publish(
+    context: Context,
+    model: Model,
+    job: Job,
+    stage: Stage,
+    digest: str,
+    names: list[str],
+    platform: dict[str, str],
+) -> None:
+    """One transaction: token, lineage, own rows and digest are looked at again, then the stage is live (rule 21)."""
+
+    def step() -> str | None:
+        with transaction(context.pool) as connection:
+            models.share_model(connection, model.model_id)
+            reads = lineage.list_reads(connection, stage.key)
+            cells.share_cells(connection, [read.cell_id for read in reads])
+            if not jobs.lock_claimed(connection, job):
+                reason = "TokenGone"
+            elif stages.list_touched(connection, [stage.key]):
+                reason = "Tainted"
+            else:
+                return _make_live(connection, model, job, digest, names, digest_of(platform))
+            return _refuse(connection, model, job, names, reason)
+
+    reason = retrying(step)
+    if reason is not None:
+        raise CancelledError if reason == "TokenGone" else RefusedError(reason)
+
+
+def _make_live(
+    connection: Connection, model: Model, job: Job, digest: str, names: list[str], platform: str
+) -> str | None:
+    others = objects.list_live_digests(connection, job.stage_key, platform)
+    if any(other != digest for other in others):
+        events.append(
+            connection,
+            EventKind.STAGE_MISMATCH,
+            model_id=model.model_id,
+            stage=job.stage_key,
+            digests=sorted({digest, *others}),
+            fingerprint=platform,
+        )
+        return _refuse(connection, model, job, names, "DigestMismatch")
+    if others or not objects.mark_live(connection, names):
+        return _refuse(connection, model, job, names, "AlreadyLive" if others else "Doomed")
+    jobs.mark_done(connection, job)
+    events.append(
+        connection,
+        EventKind.STAGE_TRAINED,
+        model_id=model.model_id,
+        stage=job.stage_key,
+        digest=digest,
+        fingerprint=platform,
+    )
+    return None
+
+
+def _refuse(connection: Connection, model: Model, job: Job, names: list[str], reason: str) -> str:
+    objects.doom(connection, names, model_id=model.model_id)
+    events.append(
+        connection, EventKind.STAGE_REFUSED, model_id=model.model_id, stage=job.stage_key, reason=reason
+    )
+    return reason
+
+
+class _Beat:
+    """Says every two seconds, from its own thread and connection, that a job is alive."""
+
+    def __init__(self, context: Context, job: Job) -> None:
+        self._context = context
+        self._job = job
+        self._stop = threading.Event()
+        self._gone = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._thread.start()
+        return lambda: not self._gone.is_set()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        connection: Connection | None = None
+        while not self._stop.wait(BEAT_SECONDS):
+            try:
+                connection = connection or connect(self._context.settings.database_url, autocommit=True)
+                if not jobs.beat(connection, self._job):
+                    self._gone.set()
+                    break
+            except Exception as error:  # noqa: BLE001 - a lost beat is the reaper's business, not the training's
+                log.warning("stage.beat_failed", error=type(error).__name__)
+                connection = None
+        if connection is not None:
+            connection.close()
