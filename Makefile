@@ -9,6 +9,9 @@ export HF_HUB_OFFLINE ?= 1
 # Test processes at a time; each starts its own Postgres and Valkey.
 JOBS ?= 2
 PYTEST := $(BIN)/pytest -n $(JOBS)
+# Acceptance tests start whole installations and look at times, so they run alone. Exit code 5: no test of that kind.
+TWO_PASSES = code=0; $(PYTEST) -m "$(1) not acceptance" || code=$$?; \
+	$(BIN)/pytest -m "$(1) acceptance" || test $$? -eq 5 || code=1; exit $$code
 # Where `make up` keeps everything.
 STATE ?= .expunge
 
@@ -27,13 +30,11 @@ demo: $(STAMP) ## the main job end to end on real reviews: train, serve, delete,
 up: $(STAMP) ## run everything on this machine, in STATE (.expunge); Ctrl-C stops
 	@exec $(BIN)/expunge up --state $(STATE)
 test: $(STAMP) ## all tests but those marked slow
-	@$(PYTEST) -m "not slow and not acceptance"
-	@$(BIN)/pytest -m "acceptance and not slow" || test $$? -eq 5 # 5: none of that kind
+	@$(call TWO_PASSES,not slow and)
 test-fast: $(STAMP) ## tests that need no service, within 90 seconds
 	@$(PYTEST) -m "not slow and not integration and not acceptance"
 test-all: $(STAMP) ## every test
-	@$(PYTEST) -m "not acceptance"
-	@$(BIN)/pytest -m acceptance || test $$? -eq 5
+	@$(call TWO_PASSES,)
 golden: $(STAMP) ## bit-exact training alone
 	@$(PYTEST) -m golden
 check: $(STAMP) ## format, lint, types, imports, dependencies, migrations, spelling, files; ONLY=lint runs one

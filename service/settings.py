@@ -18,7 +18,7 @@ class Settings(BaseSettings):
     """libpq URL of the role that owns the schema; only the migrator uses it."""
     database_listen_url: str = ""
     """Direct URL of the primary for LISTEN, where `database_url` goes through a pooler; else empty."""
-    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_url: str = ""
     """`redis://host:port/db` or `unix:///path?db=0`. A doorbell only: it may lose everything."""
     artifact_url: str = ""
     """`file:///directory` of the artefact store."""

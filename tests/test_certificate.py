@@ -253,7 +253,7 @@ def test_openssl_agrees_as_the_docs_say(tmp_path: Path) -> None:
     block = DOCS.read_text().split("```sh\n# by hand")[1].split("```")[0]
     environment = {"PATH": os.environ["PATH"]}
     done = subprocess.run(  # the docs' own lines
-        ["bash", "-euo", "pipefail", "-c", "#" + block],
+        [shutil.which("bash") or "bash", "-euo", "pipefail", "-c", "#" + block],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -60,9 +60,7 @@ def test_whether_a_record_stays_depends_on_it_alone(tmp_path: Path, reviews: lis
     st.integers(1, 25),
     st.integers(1, 25),
 )
-def test_reviewers_are_whole_and_in_one_part(
-    rows: list[tuple[int, bool]], training: int, held_out: int
-) -> None:
+def test_reviewers_are_whole_and_in_one_part(rows: list[tuple[int, bool]], training: int, held_out: int) -> None:
     reviews = [
         Review(f"r{number}", f"reviewer-{reviewer}", "text", sample.CLASSES[label])
         for number, (reviewer, label) in enumerate(rows)

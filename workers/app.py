@@ -14,7 +14,17 @@ QUEUES = {
     "stages.train": "train",
 }
 
-app = Celery("expunge", broker=broker_url(settings().redis_url), include=["workers.tasks"])
+app = Celery("expunge", include=["workers.tasks"])
+
+
+@app.on_configure.connect
+def _reach_broker(**_: object) -> None:
+    """Read the URL when a program first needs it, so that the steps can be imported without one."""
+    if not settings().redis_url:
+        raise SystemExit("EXPUNGE_REDIS_URL is not set: name your Redis or Valkey, or use `expunge up`")
+    app.conf.broker_url = broker_url(settings().redis_url)
+
+
 app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_transport_options=TRANSPORT_OPTIONS,

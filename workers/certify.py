@@ -1,16 +1,20 @@
 """The last step: a signed certificate from committed rows, stored in the transaction that completes the target."""
 
-from datetime import UTC, datetime
 from uuid import UUID
 
 from service.domain.requests import State
 from service.evidence.certificate import issue
 from service.evidence.events import EventKind
-from service.evidence.keys import load_signing_key
+from service.evidence.keys import load_signing_key, public_pem
+from service.evidence.verify import verify
 from service.store import events, evidence, targets
 from service.store.database import retrying, transaction
 from shards.digest import canonical, sha256_hex
 from workers.context import Context
+
+
+class UnverifiedError(Exception):
+    """What was gathered does not make a certificate that `expunge verify` accepts; nothing was stored."""
 
 
 def certify_target(context: Context, request_id: UUID, model_id: int) -> bool:
@@ -34,10 +38,13 @@ def certify_target(context: Context, request_id: UUID, model_id: int) -> bool:
             )
             return False
     with transaction(context.pool) as connection:
-        found = evidence.get_evidence(connection, request_id, model_id, issued_at=datetime.now(UTC))
+        found = evidence.get_evidence(connection, request_id, model_id)
     if found is None:
         return False
-    envelope = issue(found, load_signing_key(context.settings.keys_dir / "signing.pem"))
+    key = load_signing_key(context.settings.keys_dir / "signing.pem")
+    envelope = issue(found, key)
+    if refused := [check.name for check in verify(envelope, public_pem(key)) if not check.passed]:
+        raise UnverifiedError(f"the certificate would not verify: {', '.join(refused)}")
     digest = sha256_hex(canonical(envelope))
 
     def step() -> bool:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from celery import Celery
 
 from service.logs import get_logger
-from service.store.broker import TRANSPORT_OPTIONS, broker_url
+from service.store.broker import PUBLISH_OPTIONS, broker_url
 
 COALESCE_SECONDS = 0.01
 PAUSE_SECONDS = 1.0
@@ -34,7 +34,7 @@ class Doorbell:
         self._app = Celery("expunge-api", broker=broker_url(redis_url), set_as_current=False)
         self._app.conf.update(
             broker_connection_retry=False,
-            broker_transport_options=TRANSPORT_OPTIONS,
+            broker_transport_options=PUBLISH_OPTIONS,
             task_ignore_result=True,
             task_serializer="json",
         )

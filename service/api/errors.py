@@ -116,6 +116,8 @@ def _field(item: Mapping[str, Any]) -> str:
 
 
 def _message(item: Mapping[str, Any]) -> str:
+    if len(item["loc"]) == 1 and item["type"] != "value_error":
+        return "must be a JSON object, sent with Content-Type: application/json"
     return str(item["msg"]).removeprefix("Value error, ")
 
 

@@ -11,10 +11,11 @@ from service.api.context import Here
 from service.api.doorbell import Task
 from service.api.errors import RESPONSES
 from service.api.schemas import NamePath, NewModel
-from service.domain.errors import ConflictError, InvalidInputError
+from service.domain.errors import InvalidInputError
 from service.store import datasets, grid, models
 from service.store.database import Connection, transaction
 from service.store.datasets import Dataset
+from service.store.declare import declare_model
 from service.store.models import Model
 from shards.assembly import Assembly
 from shards.errors import RecipeError
@@ -34,9 +35,7 @@ def create_model(body: NewModel, here: Here, _caller: ModelAdmin, response: Resp
         if body.evaluation_dataset is not None:
             evaluation = _declared(connection, body.evaluation_dataset, "evaluation_dataset")
             _check_evaluation(recipe, evaluation)
-        if any(model.name == body.name for model in models.list_models(connection)):
-            raise ConflictError("there is a model of that name already; choose another name")
-        models.insert_model(
+        made = declare_model(
             connection,
             name=body.name,
             dataset_id=dataset.dataset_id,
@@ -44,7 +43,6 @@ def create_model(body: NewModel, here: Here, _caller: ModelAdmin, response: Resp
             recipe=recipe,
             erase_after=timedelta(seconds=body.erase_after_seconds),
         )
-        made = models.get_model(connection, body.name)
         response.headers["Location"] = f"/v1/models/{made.name}"
         return _shown(connection, made)
 

@@ -48,8 +48,7 @@ def receive_request(body: NewRequest, here: Here, caller: DeletionWriter, key: K
             received = requests.receive(connection, new)
             if isinstance(received, UUID):
                 return _read(connection, received, caller), []
-        targets = [_fresh_target(request_id, target) for target in received]
-        return _received_view(new, targets, caller), [target.model_id for target in targets]
+        return _received_view(new, received, caller), [target.model_id for target in received]
 
     view, ring = retrying(step)
     for model_id in ring:
@@ -163,7 +162,7 @@ def _fresh_target(request_id: UUID, target: requests.TargetModel) -> RequestTarg
     )
 
 
-def _received_view(new: requests.NewRequest, targets: list[RequestTarget], caller: ApiKey) -> dict[str, Any]:
+def _received_view(new: requests.NewRequest, received: list[requests.TargetModel], caller: ApiKey) -> dict[str, Any]:
     request = requests.Request(
         request_id=new.request_id,
         kind=new.kind.value,
@@ -173,8 +172,9 @@ def _received_view(new: requests.NewRequest, targets: list[RequestTarget], calle
         reference=new.reference,
         received_at=new.received_at,
         due_at=new.due_at,
-        created_at=datetime.now(UTC),
+        created_at=received[0].created_at or new.received_at,
     )
+    targets = [_fresh_target(new.request_id, target) for target in received]
     return request_view(request, targets, full=sees_outcomes(caller))
 
 

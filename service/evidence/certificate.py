@@ -104,7 +104,10 @@ def _removed(evidence: Evidence) -> dict[str, Any]:
             }
             for stage in _by_key(evidence.tainted_stages)
         ],
-        "payloads": _objects(evidence.payloads),
+        "payloads": [
+            {"shard": row.shard, "slice": row.slice, **_object(row)}
+            for row in sorted(evidence.payloads, key=lambda row: row.object_name)
+        ],
     }
 
 
@@ -135,15 +138,16 @@ def _open_items(evidence: Evidence) -> list[dict[str, str]]:
 
 
 def _objects(rows: tuple[ObjectRow, ...]) -> list[dict[str, Any]]:
-    return [
-        {
-            "object_name": row.object_name,
-            "digest": row.digest,
-            "destroyed_at": _moment(row.destroyed_at) if row.destroyed_at else None,
-            "absent_at": _moment(row.absent_at) if row.absent_at else None,
-        }
-        for row in sorted(rows, key=lambda row: row.object_name)
-    ]
+    return [_object(row) for row in sorted(rows, key=lambda row: row.object_name)]
+
+
+def _object(row: ObjectRow) -> dict[str, Any]:
+    return {
+        "object_name": row.object_name,
+        "digest": row.digest,
+        "destroyed_at": _moment(row.destroyed_at) if row.destroyed_at else None,
+        "absent_at": _moment(row.absent_at) if row.absent_at else None,
+    }
 
 
 def _by_key(stages: tuple[Stage, ...]) -> list[Stage]:

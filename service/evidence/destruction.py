@@ -35,11 +35,9 @@ def destruction(case: Case) -> str:
             absent <= said["issuer"]["issued_at"],
             f"{entry['object_name']} was destroyed after the certificate",
         )
-    named = {part for entry in said["payloads"] for part in entry["object_name"].split("/")}
-    for cell in said["cells"]:
-        where = f"cell ({cell['shard']}, {cell['slice']})"
-        require(cell["before"] in named, f"the payloads that {where} had before are not among the destroyed")
-        require(cell["after"] not in named, f"the payloads that {where} has now are among the destroyed")
+    emptied = {(entry["shard"], entry["slice"]) for entry in said["payloads"]}
+    rewritten = {(cell["shard"], cell["slice"]) for cell in said["cells"]}
+    require(emptied == rewritten, "the payload files listed are not those of the cells that were written again")
     for entry in said["tainted"]:
         key = digest_of(entry["stage"])
         for artifact in entry["artifacts"]:

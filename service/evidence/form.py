@@ -91,7 +91,7 @@ PREDICATE = {
     "touched": [{"shard": int, "slice": int, "root": HEX}],
     "cells": [{"shard": int, "slice": int, "before": HEX, "after": HEX}],
     "tainted": [{"stage": STAGE, "artifacts": [OBJECT]}],
-    "payloads": [OBJECT],
+    "payloads": [{"shard": int, "slice": int, **OBJECT}],
     "times": [{"state": STATES, "at": TIME}],
     "replicas": [{"process_id": UUID, "covers": int, "how": ("acknowledged", "fenced_by_expiry", "ended"),
                   "at": TIME, "freed": (True, False), "freed_at": (None, TIME)}],
@@ -112,9 +112,9 @@ SHAPE = {
 def misfit(value: Any, shape: Any, where: str = "statement") -> str | None:
     """Where and how a value departs from its closed form; None if it does not."""
     if isinstance(shape, tuple):
-        found = [misfit(value, alternative, where) for alternative in shape]
-        deeper = [text for text in found if text and not text.startswith(where + " ")]
-        return None if None in found else (deeper or found)[0]
+        alike = [alternative for alternative in shape if isinstance(value, dict) and isinstance(alternative, dict)]
+        found = [misfit(value, alternative, where) for alternative in alike or shape]
+        return None if None in found else found[0]
     parts: list[tuple[Any, Any, str]] = []
     if isinstance(shape, list):
         if not isinstance(value, list):

@@ -21,6 +21,9 @@ class ObjectRow:
     """The last look that found it absent (`checked_at`); not before `destroyed_at`."""
     stage_key: str | None = None
     """The tainted stage that it belongs to; None for a cell's payloads."""
+    shard: int | None = None
+    slice: int | None = None
+    """The cell whose payloads it held; None for a stage's artefact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +111,7 @@ class Evidence:
     """Cells written again; none for a restriction."""
     records: tuple[RecordRow, ...]
     payloads: tuple[ObjectRow, ...]
-    """Every object that held payloads of the cells in `cells` up to `before`, those of lost races too."""
+    """Every file of the records' cells that may have held them, those of lost races too."""
 
     times: tuple[TimeRow, ...]
     replicas: tuple[ReplicaRow, ...]

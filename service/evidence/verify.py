@@ -189,7 +189,9 @@ def _records(case: Case) -> str:
 
 def _versions(case: Case) -> str:
     before, after = case.said["before"], case.said["after"]
-    require(before["version"] < after["version"], "the version after is not later than the one before")
+    never = after["version"] == 0  # nothing was trained yet, so nothing ever answered
+    require(never or before["version"] < after["version"], "the version after is not later than the one before")
+    require(not never or not any(after["assembly"]["members"]), "version 0 serves nothing, but a member is listed")
     require((before["assembly"] is None) == (before["version"] == 0), "only version 0 has no assembly")
     require(after["floor"] >= after["version"], "the floor lets an older version be served")
     return f"{before['version']} replaced by {after['version']}, floor {after['floor']}"

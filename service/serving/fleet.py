@@ -113,7 +113,8 @@ class Fleet:
                     leases.listen(connection)  # committed; only now read the state, also after a reconnect
                     self._refresh(connection, list(self._members))
                 self._discover(connection)
-                for notice in connection.notifies(timeout=POLL, stop_after=1):
+                # A list: the generator holds the connection's lock, which `_refresh` needs.
+                for notice in list(connection.notifies(timeout=POLL, stop_after=1)):
                     self._refresh(connection, self._meant(notice.payload))
             except (ExpungeError, psycopg.Error) as error:
                 log.warning("listen_failed", reason=type(error).__name__)

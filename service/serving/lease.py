@@ -204,7 +204,7 @@ class Lease:
                 self.replica.problem = (
                     self.replica.problem or f"the model cannot be loaded: {type(error).__name__}"
                 )
-                log.exception("load_failed", model=self.replica.model)
+                log.warning("load_failed", model=self.replica.model, reason=type(error).__name__)
                 if not isinstance(error, ShardsError):
                     _close(connection)
                     connection = None

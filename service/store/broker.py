@@ -12,6 +12,8 @@ TRANSPORT_OPTIONS: dict[str, Any] = {
     "socket_timeout": 1.0,
     "socket_connect_timeout": 1.0,
 }
+PUBLISH_OPTIONS: dict[str, Any] = {**TRANSPORT_OPTIONS, "max_retries": 0}
+"""For a program that only sends: without it a send waits 6 s for a Redis that is away, `retry=False` or not."""
 
 
 def broker_url(redis_url: str) -> str:

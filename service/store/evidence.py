@@ -8,6 +8,7 @@ from uuid import UUID
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
+from service.evidence.certificate import EvidenceError
 from service.evidence.events import EventKind
 from service.evidence.rows import CellRow, Evidence, ObjectRow, RecordRow, ReplicaRow, TimeRow
 from service.store import events, models, stages, targets
@@ -19,7 +20,7 @@ TOOL_VERSION = "0.1.0"
 
 GET_REQUEST: LiteralString = """
 SELECT r.request_id, r.kind::text, r.regime, r.received_at, r.due_at, r.subject_commitment, r.created_at,
-       t.version, t.plan, t.deactivated_at
+       t.version, t.plan, t.deactivated_at, clock_timestamp() AS issued_at
 FROM request_target t JOIN deletion_request r ON r.request_id = t.request_id
 WHERE t.request_id = %(request_id)s::uuid AND t.model_id = %(model_id)s::bigint AND t.erased_at IS NOT NULL
 """
@@ -47,18 +48,22 @@ JOIN cell_manifest a ON a.cell_id = t.cell_id AND a.generation = t.removed
 WHERE q.request_id = %(request_id)s::uuid AND t.dataset_id = %(dataset_id)s::uuid
 """
 LIST_OBJECTS: LiteralString = """
-SELECT a.object_name, a.digest, a.destroyed_at, a.checked_at AS absent_at, a.stage_key
+SELECT a.object_name, a.digest, a.destroyed_at, a.checked_at AS absent_at, a.stage_key,
+       NULL::int AS shard, NULL::int AS slice
 FROM artifact a
 WHERE a.stage_key = ANY(%(stage_keys)s::text[])
 ORDER BY a.object_name
 """
 LIST_PAYLOADS: LiteralString = """
-SELECT DISTINCT a.object_name, a.digest, a.destroyed_at, a.checked_at AS absent_at, a.stage_key
+SELECT DISTINCT a.object_name, a.digest, a.destroyed_at, a.checked_at AS absent_at, a.stage_key, c.shard, c.slice
 FROM deletion_request_record q
 JOIN tombstone t ON t.record_id = q.record_id
+JOIN cell c ON c.cell_id = t.cell_id
 JOIN cell_manifest m ON m.cell_id = t.cell_id AND m.generation = t.added
-JOIN artifact a ON a.cell_id = t.cell_id AND a.state = 'destroyed'
+JOIN artifact a ON a.cell_id = t.cell_id AND a.state IN ('doomed', 'destroyed')
      AND a.created_at <= t.erased_at AND a.doomed_at >= m.created_at
+     AND NOT EXISTS (  -- a copy of the file that remains, left by a rewrite that died, held none of the records
+         SELECT FROM artifact l WHERE l.cell_id = a.cell_id AND l.state = 'live' AND l.digest = a.digest)
 WHERE q.request_id = %(request_id)s::uuid AND t.dataset_id = %(dataset_id)s::uuid
 ORDER BY a.object_name
 """
@@ -104,6 +109,7 @@ class _Request:
     version: int
     plan: dict[str, list[str]]
     deactivated_at: datetime
+    issued_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +122,18 @@ class _Lease:
     ended_at: datetime | None
 
 
-def get_evidence(
-    connection: Connection, request_id: UUID, model_id: int, *, issued_at: datetime
-) -> Evidence | None:
-    """Evidence of an erased target; None when it is not erased, or not certifiable because no version ever served."""
+def get_evidence(connection: Connection, request_id: UUID, model_id: int) -> Evidence | None:
+    """Evidence of an erased target, issued now by the database's clock; None when it is not erased.
+
+    Raises:
+        EvidenceError: a process that ran is unaccounted for.
+    """
     at: dict[str, Any] = {"request_id": request_id, "model_id": model_id}
     with connection.cursor(row_factory=class_row(_Request)) as cursor:
         request = cursor.execute(GET_REQUEST, at).fetchone()
     if request is None:
         return None
+    issued_at = request.issued_at
     model = models.get_model_by_id(connection, model_id)
     recipe = model.parsed_recipe
     at["dataset_id"] = model.dataset_id
@@ -171,7 +180,7 @@ def insert_certificate(
     connection: Connection, evidence: Evidence, model_id: int, envelope: dict[str, Any], digest: str
 ) -> bool:
     """Store the certificate and complete its target; False when another worker has done it."""
-    values = {"request_id": evidence.request_id, "model_id": model_id}
+    values: dict[str, Any] = {"request_id": evidence.request_id, "model_id": model_id}
     stored = connection.execute(
         INSERT_CERTIFICATE,
         {**values, "envelope": Jsonb(envelope), "digest": digest, "issued_at": evidence.issued_at},
@@ -180,9 +189,8 @@ def insert_certificate(
         return False
     connection.execute(MARK_COMPLETED, values)
     targets.refresh_requests(connection, [evidence.request_id])
-    about = {"request_id": evidence.request_id, "model_id": model_id}
-    events.append(connection, EventKind.CERTIFICATE_ISSUED, digest=digest, **about)
-    events.append(connection, EventKind.TARGET_COMPLETED, outcome="erased", **about)
+    events.append(connection, EventKind.CERTIFICATE_ISSUED, digest=digest, **values)
+    events.append(connection, EventKind.TARGET_COMPLETED, outcome="erased", **values)
     return True
 
 
@@ -236,6 +244,9 @@ def _replicas(connection: Connection, model_id: int, request: _Request) -> tuple
                 "fenced_by_expiry" if event.kind == EventKind.REPLICA_FENCED else "ended",
                 event.created_at,
             )
+    leases = _rows(connection, _Lease, LIST_LEASES, values)
+    if any(str(lease.process_id) not in how for lease in leases):
+        raise EvidenceError("a process ran during the deactivation and no event says what became of it")
     return tuple(
         ReplicaRow(
             process_id=lease.process_id,
@@ -245,8 +256,7 @@ def _replicas(connection: Connection, model_id: int, request: _Request) -> tuple
             freed=lease.freed >= request.version or lease.freed_at is not None,
             freed_at=lease.freed_at,
         )
-        for lease in _rows(connection, _Lease, LIST_LEASES, values)
-        if str(lease.process_id) in how
+        for lease in leases
     )
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, LiteralString
-from uuid import UUID
 
 from psycopg.rows import class_row, scalar_row
 from psycopg.types.json import Jsonb

@@ -127,9 +127,7 @@ def get_certificate(connection: Connection, request_id: UUID, model: str | None)
     return found[0]
 
 
-def list_records_of(
-    connection: Connection, dataset_id: UUID, *, subject_type: str, digest: bytes
-) -> list[UUID]:
+def list_records_of(connection: Connection, dataset_id: UUID, *, subject_type: str, digest: bytes) -> list[UUID]:
     """The records of a dataset that concern a subject; none for an unknown one."""
     values = {"dataset_id": dataset_id, "type": subject_type, "digest": digest}
     with connection.cursor(row_factory=scalar_row) as cursor:
@@ -146,9 +144,7 @@ def get_model_ids(connection: Connection, names: Sequence[str]) -> list[int]:
     with connection.cursor(row_factory=class_row(_Sibling)) as cursor:
         found = cursor.execute(FIND_MODELS, {"names": list(names)}).fetchall()
     if missing := set(names) - {sibling.name for sibling in found}:
-        raise InvalidInputError(
-            f"{len(missing)} of the models do not exist; GET /v1/models lists them", field="models"
-        )
+        raise InvalidInputError(f"{len(missing)} of the models do not exist; GET /v1/models lists them", field="models")
     for sibling in found:
         if not sibling.deletable:
             raise InvalidInputError(

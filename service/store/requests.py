@@ -34,7 +34,7 @@ WITH target AS (
            %(subject_commitment)s::bytea, %(regime)s::text, %(reference)s::text, %(received_at)s::timestamptz,
            %(due_at)s::timestamptz, %(actor)s::text
     WHERE EXISTS (SELECT FROM target) AND (%(key)s::text IS NULL OR EXISTS (SELECT FROM claim))
-    RETURNING request_id
+    RETURNING request_id, created_at
 ), made AS (
     INSERT INTO request_target (request_id, model_id, state)
     SELECT request_id, model_id, 'received' FROM request, target
@@ -48,7 +48,7 @@ WITH target AS (
         'actor', %(actor)s::text, 'models', (SELECT jsonb_agg(name ORDER BY model_id) FROM target))
     FROM request
 )
-SELECT model_id, name, EXISTS (SELECT FROM request) AS made FROM target ORDER BY model_id
+SELECT model_id, name, (SELECT created_at FROM request) AS created_at FROM target ORDER BY model_id
 """
 FIND_CLAIM: LiteralString = """
 SELECT request_id, body_digest FROM idempotency_key
@@ -107,8 +107,8 @@ class TargetModel:
 
     model_id: int
     name: str
-    made: bool
-    """False: the idempotency key was taken, nothing was inserted."""
+    created_at: datetime | None
+    """When the request was made; None: its idempotency key was taken, nothing was inserted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ def receive(connection: Connection, new: NewRequest) -> list[TargetModel] | UUID
         targets = cursor.execute(RECEIVE, values).fetchall()
     if not targets:
         raise ConflictError("there is no model to delete from: no model is trained on a deletable dataset here")
-    return targets if targets[0].made else _claimed(connection, new)
+    return targets if targets[0].created_at else _claimed(connection, new)
 
 
 def _claimed(connection: Connection, new: NewRequest) -> UUID:

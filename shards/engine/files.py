@@ -28,8 +28,8 @@ def locate(source: str) -> Path:
         return Path(str(cached_file(source, "config.json", local_files_only=True))).parent
     except OSError:
         raise BackboneError(
-            f"no directory {source!r} and no downloaded hub model of that name: run "
-            f"`hf download {source}` where the network allows it, or give a directory with config, tokenizer and safetensors files"
+            f"no directory {source!r} and no downloaded hub model of that name: run `hf download {source}` where "
+            "the network allows it, or give a directory with config, tokenizer and safetensors files"
         ) from None
 
 

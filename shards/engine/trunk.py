@@ -49,7 +49,8 @@ class Trunk:
         )
         self._length = recipe.max_tokens
         self._cap = cache_bytes
-        self._held = 0
+        self.held_bytes = 0
+        """Bytes of hidden states in memory."""
         self._features: dict[UUID, _Features] = {}
         self.batch = BATCH if self._is_pure() else 1
         """Rows per forward pass; 1 where the start-up probe saw a row depend on its neighbours."""
@@ -92,26 +93,26 @@ class Trunk:
         """Drop all that is derived from these records."""
         for record_id in record_ids:
             if (gone := self._features.pop(record_id, None)) is not None:
-                self._held -= sum(tensor.nbytes for tensor in gone.hidden.values())
+                self.held_bytes -= sum(tensor.nbytes for tensor in gone.hidden.values())
 
     def clear(self) -> None:
         """Drop everything derived from records."""
         self._features.clear()
-        self._held = 0
+        self.held_bytes = 0
 
     def _keep(self, feature: _Features, states: Mapping[int, Tensor], boundary: int) -> bool:
         """Store states, the wanted boundary first; other boundaries make room for it. False once it no longer
         fits.
         """
         need = states[boundary].nbytes
-        if self._held + need > self._cap:
+        if self.held_bytes + need > self._cap:
             for other in self._features.values():
                 for index in [index for index in other.hidden if index != boundary]:
-                    self._held -= other.hidden.pop(index).nbytes
+                    self.held_bytes -= other.hidden.pop(index).nbytes
         for index in sorted(states, key=lambda index: index != boundary):
-            if self._held + states[index].nbytes <= self._cap:
+            if self.held_bytes + states[index].nbytes <= self._cap:
                 feature.hidden[index] = states[index]
-                self._held += states[index].nbytes
+                self.held_bytes += states[index].nbytes
         return boundary in feature.hidden
 
     def _computed(self, features: Sequence[_Features], boundary: int) -> Iterable[dict[int, Tensor]]:

@@ -2,9 +2,10 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -25,10 +26,12 @@ class Deactivation:
     """A request's way to `deactivated`."""
 
     request_id: str
+    version: int
+    """The version that every replica serves at least."""
     client_ms: float
     """From the 202's arrival to the first answer that said so."""
-    state: Mapping[str, Any]
-    """The request as it was then."""
+    server_ms: float
+    """Between the request's creation and the target's deactivation, both by Postgres' clock."""
 
 
 class Calls:
@@ -62,26 +65,29 @@ class Calls:
                 progress(len(part))
 
         headers = {"Content-Type": "application/x-ndjson"}
-        return self._answer(
-            self._http.post(f"/v1/datasets/{dataset}/records", content=lines(), headers=headers)
-        )
+        return self._answer(self._http.post(f"/v1/datasets/{dataset}/records", content=lines(), headers=headers))
 
-    def delete(self, subject: Mapping[str, str]) -> Deactivation:
+    def delete(self, subject: Mapping[str, str], model: str) -> Deactivation:
         """Send a deletion request, and ask until it is deactivated.
 
-        The reading of the clock is the 202's arrival; asking costs the same CPU as the work, so the way is seen a
-        little longer than it is.
+        The clock starts when the 202 has arrived. Asking takes CPU from the work, so the way seems longer than it is.
         """
         answer = self._http.post("/v1/deletion-requests", json={"subject": subject})
         began = time.monotonic()
         request_id = self._answer(answer)["request_id"]
         while True:
-            state = self.get(f"/v1/deletion-requests/{request_id}")
-            if state["state"] in DEACTIVATED:
-                return Deactivation(request_id, (time.monotonic() - began) * 1000, state)
-            if state["state"] == "failed" or time.monotonic() - began > 60:
-                raise DemoError(f"the request is {state['state']} after {time.monotonic() - began:.0f} s")
+            request = self.get(f"/v1/deletion-requests/{request_id}")
+            taken = (time.monotonic() - began) * 1000
+            if request["state"] in DEACTIVATED:
+                break
+            if request["state"] == "failed" or taken > 60_000:
+                raise DemoError(f"the request is {request['state']} after {taken / 1000:.0f} s")
             time.sleep(_POLL)
+        target = next(each for each in request["targets"] if each["model"] == model)
+        if target["deactivated_at"] is None:
+            raise DemoError(f"the request ended as {request['outcome']}: nothing of the subject was found")
+        way = datetime.fromisoformat(target["deactivated_at"]) - datetime.fromisoformat(request["created_at"])
+        return Deactivation(request_id, target["version"], taken, way.total_seconds() * 1000)
 
     def accuracy(
         self, servers: Sequence[str], model: str, reviews: Sequence[Review], progress: Callable[[int], None]
@@ -102,15 +108,15 @@ class Calls:
             found = list(pool.map(ask, range(len(parts))))
         return sum(right for right, _ in found) / len(reviews), frozenset(version for _, version in found)
 
-    def wait_serving(self, servers: Iterable[str], model: str, version: int, *, within: float = 60.0) -> None:
-        """Return when every model server answers from `version` or a later one."""
-        until = time.monotonic() + within
+    def laggards(self, servers: Sequence[str], model: str, version: int, *, within: float = 60.0) -> list[str]:
+        """The model servers that, after some time, do not answer from `version` or a later one; empty is success."""
+        left, until = list(servers), time.monotonic() + within
         with httpx.Client(headers=self._headers, timeout=30.0) as http:
-            for server in servers:
-                while not _serves(http, f"{server}/v1/models/{model}/predict", version):
-                    if time.monotonic() > until:
-                        raise DemoError(f"{server} does not serve version {version} after {within:.0f} s")
-                    time.sleep(0.05)
+            while left := [each for each in left if not _serves(http, f"{each}/v1/models/{model}/predict", version)]:
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.05)
+        return left
 
     @staticmethod
     def _answer(answer: httpx.Response) -> dict[str, Any]:

@@ -28,9 +28,7 @@ def main() -> None:
     model = Monolithic(Skeleton(recipe, backbone), StageTensors(recipe), trained)
     held_out = given["held_out"]
     answers = model.logits([line["text"] for line in held_out]).argmax(axis=1)
-    right = sum(
-        recipe.classes[int(answer)] == line["label"] for answer, line in zip(answers, held_out, strict=True)
-    )
+    right = sum(recipe.classes[int(answer)] == line["label"] for answer, line in zip(answers, held_out, strict=True))
     _say({"accuracy": right / len(held_out)})
 
 

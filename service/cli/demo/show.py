@@ -1,6 +1,6 @@
 """What the demo shows: grids of coloured blocks, progress bars, the final table."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from service.cli.demo.report import Report
 Grid = Mapping[str, Any]
 """The answer of `GET /v1/models/{m}/shards`."""
 
-SERVES, SPARE, GONE = ("■", "bold green"), ("■", "blue"), ("□", "red")
+SERVES, SPARE, GONE = ("■", "bold green"), ("▨", "blue"), ("□", "red")
 
 
 class Screen:
@@ -35,7 +35,7 @@ class Screen:
         self.console.rule(f"[bold]{text}", align="left", style="dim")
 
     @contextmanager
-    def bar(self, text: str, total: float | None) -> Iterator[Callable[[float], None]]:
+    def bar(self, text: str, total: float | None) -> Generator[Callable[[float], None]]:
         """A progress bar; call what it gives with how much more is done."""
         count = MofNCompleteColumn() if total is not None else TextColumn("")
         columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), BarColumn(30), count)
@@ -45,10 +45,12 @@ class Screen:
             progress.update(task, total=total or 1, completed=total or 1)
 
     @contextmanager
-    def bars(self, texts: Mapping[str, str]) -> Iterator[Callable[[str, float, float | None], None]]:
+    def bars(self, texts: Mapping[str, str]) -> Generator[Callable[[str, float, float | None], None]]:
         """Several bars; call what it gives with a bar's name, how much is done, and out of how much."""
         columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), BarColumn(30))
-        with Progress(*columns, TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), console=self.console) as bar:
+        with Progress(
+            *columns, TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), console=self.console
+        ) as bar:
             tasks = {name: bar.add_task(text, total=None) for name, text in texts.items()}
             yield lambda name, done, total: bar.update(tasks[name], completed=done, total=total)
 
@@ -117,11 +119,8 @@ def _lines(report: Report) -> Iterator[tuple[str, str]]:
     )
     depths = (report.depth_before, report.depth_after_deactivation, report.depth_after_rebuild)
     yield "depth per shard", " → ".join(" ".join(map(str, depth)) for depth in depths)
-    yield (
-        "accuracy",
-        f"{accuracy.before:.3f} → {accuracy.deactivated:.3f} (previewed {accuracy.previewed:.3f})"
-        f" → {accuracy.rebuilt:.3f}",
-    )
+    down = f"{accuracy.before:.3f} → {accuracy.deactivated:.3f} (previewed {accuracy.previewed:.3f})"
+    yield "accuracy", f"{down} → {accuracy.rebuilt:.3f}"
     yield "one model on everything", f"{accuracy.monolithic:.3f}  (standard error {report.accuracy_stderr:.3f})"
     yield "certificate", "verified" if report.certificate_verified else "NOT VERIFIED"
     equal = "bit for bit the same" if report.replay_equal else "DIFFERENT"

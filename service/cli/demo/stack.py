@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from service.cli.demo.assets import DemoError
 from service.standalone.launch import command
 
 HOST = "127.0.0.1"
+EXPUNGE = (sys.executable, "-c", "from service.cli.main import main; main()")
+"""The `expunge` command of this very installation, wherever its script lies."""
 UP_WITHIN = 120.0
 STOP_WITHIN = 60.0
 _TAIL = 25
@@ -45,7 +47,11 @@ class Stack:
     def check(self) -> None:
         """Raise `DemoError` with the end of the logs where `up` is gone."""
         if (code := self.process.poll()) is not None:
-            raise DemoError(f"`expunge up` ended by itself (exit code {code})\n{logs_of(self.log, self.state)}")
+            raise DemoError(f"`expunge up` ended by itself (exit code {code})\n{tail(self.log)}")
+
+    def trouble(self, program: str) -> str:
+        """Where a program's log is, and its end."""
+        return tail(self.state / "logs" / f"{program}.log")
 
 
 def prepare(home: Path) -> None:
@@ -55,7 +61,7 @@ def prepare(home: Path) -> None:
         DemoError: the directory is not an earlier demo's, or one is running there.
     """
     if home.exists():
-        known = {"state", "up.log", "demo.json", "certificate.json"}
+        known = {"state", "up.log", "monolithic.log", "certificate.json"}
         if not home.is_dir() or not {path.name for path in home.iterdir()} <= known:
             raise DemoError(f"{home} was not made by the demo: move it away, or run the demo elsewhere")
         with suppress(FileNotFoundError, ValueError, KeyError):
@@ -74,13 +80,11 @@ def running(home: Path, wait: Callable[[], None]) -> Generator[Stack]:
     """
     state, log = home / "state", home / "up.log"
     port = free_ports(3)
-    argv = [sys.executable, "-m", "service.cli", "up", "--state", str(state), "--port", str(port)]
-    # No EXPUNGE_ variable reaches it: the demo may not touch a real database.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("EXPUNGE_")}
+    argv = [*EXPUNGE, "up", "--state", str(state), "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command(argv, death_signal=SIGTERM),
-            env=env | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+            env=_environment(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -105,14 +109,14 @@ def free_ports(count: int) -> int:
     raise DemoError(f"no {count} free ports in a row between 18700 and 28700 on {HOST}")
 
 
-def logs_of(log: Path, state: Path) -> str:
-    """Where the logs are, and the end of `up`'s."""
+def tail(log: Path) -> str:
+    """Where a log is, and its end."""
     lines = log.read_text(errors="replace").splitlines()[-_TAIL:] if log.exists() else []
-    return "\n".join([*lines, f"logs: {log} and {state / 'logs'}"])
+    return "\n".join([f"the end of {log}; the others are beside it or in state/logs:", *lines])
 
 
 class Side:
-    """A program beside the demo that reads one JSON object and writes JSON lines; the last of them is the answer."""
+    """A program beside the demo that reads one JSON object and writes JSON lines: progress, at the end the answer."""
 
     def __init__(self, module: str, given: Mapping[str, Any], *, log: Path, nice: int = 19) -> None:
         """Start it, at the lowest priority: it takes what the others leave."""
@@ -127,7 +131,9 @@ class Side:
                 stderr=errors,
                 start_new_session=True,
             )
-        self.last: dict[str, Any] = {}
+        self.progress: tuple[int, int | None] = (0, None)
+        """Steps done, and of how many where that is known."""
+        self.answer: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._talk, args=(json.dumps(given).encode(),), daemon=True)
         self._thread.start()
 
@@ -137,7 +143,7 @@ class Side:
         if self._thread.is_alive():
             return True
         if code := self._process.wait():
-            raise DemoError(f"{self._module} failed (exit code {code})\n{logs_of(self._log, self._log.parent)}")
+            raise DemoError(f"{self._module} failed (exit code {code})\n{tail(self._log)}")
         return False
 
     def stop(self) -> None:
@@ -151,14 +157,18 @@ class Side:
         with suppress(BrokenPipeError), stdin:
             stdin.write(given)
         for line in stdout:
-            self.last = json.loads(line)
+            said = json.loads(line)
+            if "total" in said:
+                self.progress = (said["done"], said["total"])
+            else:
+                self.answer = said
 
 
-def run_json(arguments: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[int, dict[str, Any], str]:
-    """Run an `expunge` command to its end: exit code, the JSON it printed (empty where it did not), what else it said."""
+def run_json(arguments: Sequence[str]) -> tuple[int, dict[str, Any], str]:
+    """Run an `expunge` command to its end: exit code, the JSON that it printed or nothing, what else it said."""
     done = subprocess.run(
-        [sys.executable, "-m", "service.cli", *arguments],
-        env={**os.environ, **(env or {})},
+        [*EXPUNGE, *arguments],
+        env=_environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -169,6 +179,12 @@ def run_json(arguments: Sequence[str], env: Mapping[str, str] | None = None) -> 
     except ValueError:
         document = {}
     return done.returncode, document, (done.stderr or done.stdout).strip()
+
+
+def _environment() -> dict[str, str]:
+    """Ours without any EXPUNGE_ variable: the demo may not touch a real database."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("EXPUNGE_")}
+    return env | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
@@ -185,9 +201,9 @@ def _wait_until_ready(
         with suppress(FileNotFoundError, ValueError):
             return json.loads((state / "run" / "up.json").read_text())
         if (code := process.poll()) is not None:
-            raise DemoError(f"`expunge up` did not start (exit code {code})\n{logs_of(log, state)}")
+            raise DemoError(f"`expunge up` did not start (exit code {code})\n{tail(log)}")
         if time.monotonic() - began > UP_WITHIN:
-            raise DemoError(f"`expunge up` was not ready within {UP_WITHIN:.0f} s\n{logs_of(log, state)}")
+            raise DemoError(f"`expunge up` was not ready within {UP_WITHIN:.0f} s\n{tail(log)}")
         wait()
         time.sleep(0.05)
 
@@ -210,7 +226,7 @@ def _is_up(pid: int) -> bool:
 
 
 @contextmanager
-def _bound(first: int, count: int) -> Iterator[None]:
+def _bound(first: int, count: int) -> Generator[None]:
     probes = [socket.socket() for _ in range(count)]
     try:
         for offset, probe in enumerate(probes):

@@ -93,7 +93,7 @@ class Traffic:
                 self._stop.wait(self.pause)
 
     def _note(self, answer: httpx.Response, floor: int) -> None:
-        if answer.status_code != httpx.codes.OK:
+        if not answer.is_success:
             self._note_failure(f"HTTP {answer.status_code}")
             return
         version = int(answer.headers[VERSION_HEADER])

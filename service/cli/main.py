@@ -1,0 +1,30 @@
+"""The `expunge` command. Each command lives in a module of its own and loads what is heavy when it runs."""
+
+import sys
+
+import typer
+
+from service.cli import data_commands, model_commands
+from service.cli.output import CommandError, complain
+from service.cli.request_commands import certificate, delete, preview, requests
+
+app = typer.Typer(
+    name="expunge",
+    help="Take a person's data out of a model in production, exactly, and give evidence of it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data_commands.app, name="dataset")
+app.add_typer(model_commands.app, name="model")
+for command in (delete, preview, requests, certificate):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; the exit code is 0 only on success."""
+    try:
+        app()
+    except CommandError as error:
+        complain(str(error))
+        sys.exit(1)

@@ -1,0 +1,170 @@
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import WORDS, World, tiny_backbone, tiny_recipe, tiny_records
+
+from shards.assembly import Assembly
+from shards.engine.backbone import Backbone
+from shards.engine.determinism import prepare
+from shards.engine.ensemble import Ensemble, Monolithic, StageTensors, stage_logits
+from shards.engine.s3t import S3T
+from shards.engine.skeleton import Skeleton, buckets
+from shards.errors import ArtifactDigestError, RecipeError, ShardsError
+from shards.logits import mean_of_logits
+
+pytestmark = pytest.mark.golden
+TEXTS = [" ".join(WORDS[(7 * row + word) % 96] for word in range(1 + (5 * row) % 40)) for row in range(37)]
+
+
+class Served:
+    """A trained model with all that serving needs."""
+
+    def __init__(self, directory: Path, precision: str) -> None:
+        prepare()
+        # inner 1536: wide enough that bf16 products with few rows take another path on AMX.
+        entry = tiny_backbone(directory, inner=1536)
+        recipe = tiny_recipe(entry, shards=3, precision=precision, max_tokens=48, learning_rate=0.01)
+        engine = S3T(recipe, Backbone.load(recipe))
+        cells = {(s, p): tiny_records(5, f"c{s}{p}") for s in range(3) for p in range(2)}
+        self.world = World(engine, cells)
+        self.world.rebuild()
+        self.skeleton = Skeleton(recipe, engine.backbone)
+        self.tensors = StageTensors(recipe)
+        for digest, artifact in self.world.artifacts.items():
+            self.tensors.add(digest, artifact)
+        self.assembly = self.world.assembly()
+        self.ensemble = Ensemble(self.skeleton, self.tensors, self.assembly)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Served(tmp_path_factory.mktemp("backbone"), request.param)
+
+
+def test_an_answer_depends_on_its_own_input_alone(served: Served) -> None:
+    assert served.skeleton.purity == "batched"
+    together = served.ensemble.logits(TEXTS)
+    backwards = served.ensemble.logits(TEXTS[::-1])[::-1]
+    assert np.array_equal(together, backwards)
+    for size in (1, 2, 3, 5, 8, 13):
+        for at in range(0, len(TEXTS), size):
+            assert np.array_equal(served.ensemble.logits(TEXTS[at : at + size]), together[at : at + size])
+
+
+def test_the_preview_is_what_is_served_bit_for_bit(served: Served) -> None:
+    lines = [member for member in served.assembly.members if member]
+    each = [stage_logits(served.skeleton, served.tensors, [line], TEXTS)[0] for line in lines]
+    assert np.array_equal(mean_of_logits(each), served.ensemble.logits(TEXTS))
+    at_once = stage_logits(served.skeleton, served.tensors, lines[::-1], TEXTS)[::-1]
+    assert all(np.array_equal(left, right) for left, right in zip(each, at_once, strict=True))
+    two = Assembly(served.assembly.recipe, (served.assembly.members[0], None, served.assembly.members[2]))
+    part = Ensemble(served.skeleton, served.tensors, two)
+    assert part.live == 2
+    assert np.array_equal(mean_of_logits([each[0], each[2]]), part.logits(TEXTS))
+
+
+def test_members_differ_and_count(served: Served) -> None:
+    lines = [member for member in served.assembly.members if member]
+    each = stage_logits(served.skeleton, served.tensors, lines, TEXTS)
+    assert not np.array_equal(each[0], each[1])
+    assert np.allclose(served.ensemble.logits(TEXTS), np.mean(each, axis=0), atol=1e-5)
+    assert served.ensemble.logits(TEXTS).dtype == np.float32
+    assert served.ensemble.logits([]).shape == (0, 2)
+
+
+def test_the_fallback_answers_like_the_stacked_pass(served: Served) -> None:
+    slow = Skeleton(served.skeleton.recipe, served.skeleton.backbone)
+    slow.batched = False
+    assert slow.purity == "single"
+    alone = Ensemble(slow, served.tensors, served.assembly)
+    tolerance = 0.05 if served.skeleton.recipe.precision == "bfloat16" else 1e-5
+    assert np.allclose(alone.logits(TEXTS), served.ensemble.logits(TEXTS), atol=tolerance)
+    assert np.array_equal(alone.logits(TEXTS)[:3], alone.logits(TEXTS[:3]))
+
+
+def test_serving_follows_the_trained_adapters(served: Served) -> None:
+    member = served.assembly.members[0]
+    assert member is not None
+    shallow = type(member)(served.world.live[member.stage].parent or "", member.prefix[:1], member.artifacts[:1])
+    deep, short = stage_logits(served.skeleton, served.tensors, [member, shallow], TEXTS)
+    assert not np.array_equal(deep, short)
+
+
+def test_concurrent_readers_get_their_own_answers(served: Served) -> None:
+    expected = served.ensemble.logits(TEXTS[:6])
+    found: list[bool] = []
+
+    def read() -> None:
+        found.extend(np.array_equal(served.ensemble.logits(TEXTS[:6]), expected) for _ in range(5))
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 20
+
+
+def test_only_verified_artefacts_of_the_recipe_are_taken(served: Served) -> None:
+    digest, data = next(iter(served.world.artifacts.items()))
+    fresh = StageTensors(served.skeleton.recipe)
+    with pytest.raises(ArtifactDigestError):
+        fresh.add(digest, data[:-1] + b"\x01")
+    other = tiny_recipe(served.skeleton.recipe.backbone, seed=1)
+    with pytest.raises(ArtifactDigestError, match="of recipe"):
+        StageTensors(other).add(digest, data)
+    assert fresh.digests() == frozenset()
+    with pytest.raises(ArtifactDigestError, match="not in memory"):
+        Ensemble(served.skeleton, fresh, served.assembly)
+    with pytest.raises(RecipeError):
+        Ensemble(Skeleton(other, served.skeleton.backbone), fresh, served.assembly)
+
+
+def test_an_assembly_must_mean_the_artefacts_it_names(served: Served) -> None:
+    first, second, third = served.assembly.members
+    assert first is not None
+    assert second is not None
+    for wrong in (
+        type(first)(first.stage, first.prefix, second.artifacts),
+        type(first)(first.stage, first.prefix[::-1], first.artifacts),
+        type(first)(first.stage, first.prefix[:1], first.artifacts[:1]),
+    ):
+        with pytest.raises(ArtifactDigestError):
+            Ensemble(served.skeleton, served.tensors, Assembly(served.assembly.recipe, (wrong, second, third)))
+
+
+def test_discarded_tensors_are_gone(served: Served) -> None:
+    tensors = StageTensors(served.skeleton.recipe)
+    digest, data = next(iter(served.world.artifacts.items()))
+    tensors.add(digest, data)
+    tensors.add(digest, data)
+    assert digest in tensors
+    tensors.discard([digest, "unknown"])
+    assert digest not in tensors
+
+
+def test_without_live_shards_nothing_is_answered(served: Served) -> None:
+    dead = Ensemble(served.skeleton, served.tensors, Assembly(served.assembly.recipe, (None, None, None)))
+    with pytest.raises(ShardsError, match="rebuilt"):
+        dead.logits(TEXTS)
+    with pytest.raises(ValueError, match="no live shard"):
+        mean_of_logits([])
+
+
+def test_one_model_on_everything_trains_and_answers(served: Served) -> None:
+    engine = served.world.engine
+    records = [record for cell in served.world.cells.values() for record in cell]
+    trained = engine.train_whole(records)
+    assert engine.trunk.held_bytes == 0
+    model = Monolithic(served.skeleton, served.tensors, trained)
+    assert model.logits(TEXTS).shape == (37, 2)
+    again = Monolithic(served.skeleton, served.tensors, engine.train_whole(records[::-1]))
+    assert np.array_equal(model.logits(TEXTS), again.logits(TEXTS))
+
+
+def test_buckets_end_in_the_longest_input() -> None:
+    assert buckets(64) == (16, 32, 48, 64)
+    assert buckets(50) == (16, 32, 48, 50)
+    assert buckets(8) == (8,)
