@@ -121,7 +121,7 @@ class Toy:
             )
             self.token = api_keys.create(connection, "test", [api_keys.Scope.MODEL_PREDICT])
 
-    def add_stage(self, name: str, *, shard: int, data: bytes, key: str | None = None, prefix: Sequence[int] = (0,)) -> None:
+    def add_stage(self, name: str, *, shard: int, data: bytes, key: str | None = None) -> None:
         """A live artefact whose lineage is generation 0 of the shard's first cell."""
         key = key or sha256_hex(f"{self.name} {name}".encode())
         digest = sha256_hex(data)
@@ -130,11 +130,12 @@ class Toy:
         with self.connect() as connection:
             connection.execute(
                 "insert into stage (stage_key, model_id, shard, prefix, roots) values (%s, %s, %s, %s, %s)",
-                (key, self.model_id, shard, list(prefix), ["r" for _ in prefix]),
+                (key, self.model_id, shard, [0], ["r"]),
             )
             connection.execute(
-                "insert into stage_cell select %s, cell_id, 0 from cell where dataset_id = %s and shard = %s and slice = any(%s)",
-                (key, self.dataset_id, shard, list(prefix)),
+                "insert into stage_cell select %s, cell_id, 0 from cell"
+                " where dataset_id = %s and shard = %s and slice = 0",
+                (key, self.dataset_id, shard),
             )
             objects.insert_platform(connection, "f" * 64, {})
             connection.execute(
@@ -149,14 +150,15 @@ class Toy:
 
     def object_path(self, name: str) -> Path:
         with self.connect() as connection:
-            row = connection.execute("select object_name from artifact where stage_key = %s", (self.stages[name][0],)).fetchone()
+            query = "select object_name from artifact where stage_key = %s"
+            row = connection.execute(query, (self.stages[name][0],)).fetchone()
         assert row is not None
         return self.artifacts / row[0]
 
     def publish(self, *names: str | None, cause: str = "deactivate", taint: int | None = None) -> int:
-        """Publish the assembly of these stages; `taint` is a shard whose records are deleted in the same transaction."""
+        """Publish the assembly of these stages; `taint` is a shard whose records are deleted with it."""
         members = tuple(None if n is None else Member(self.stages[n][0], (0,), (self.stages[n][1],)) for n in names)
-        found = publish.Candidate(Assembly(self.recipe.digest, members), False, frozenset())
+        found = publish.Candidate(Assembly(self.recipe.digest, members), canonical=False, tainted=frozenset())
         with self.connect() as connection:
             model = models.lock_model(connection, self.model_id)
             if taint is not None:
@@ -166,7 +168,8 @@ class Toy:
     def _taint(self, connection: psycopg.Connection[Any], shard: int) -> None:
         request = uuid.uuid4()
         connection.execute(
-            "insert into deletion_request (request_id, kind, state, subject_commitment, received_at, due_at, created_by)"
+            "insert into deletion_request"
+            " (request_id, kind, state, subject_commitment, received_at, due_at, created_by)"
             " select %s, 'erase', 'deactivating', %s, now(), now() + interval '1 day', prefix from api_key limit 1",
             (request, bytes(32)),
         )
@@ -178,14 +181,17 @@ class Toy:
 
     def leases(self) -> list[dict[str, Any]]:
         with self.connect() as connection, connection.cursor(row_factory=psycopg.rows.dict_row) as cursor:
-            return cursor.execute("select * from lease where model_id = %s order by started_at", (self.model_id,)).fetchall()
+            query = "select * from lease where model_id = %s order by started_at"
+            return cursor.execute(query, (self.model_id,)).fetchall()
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         with self.connect() as connection:
-            return [row[0] for row in connection.execute("select body from event_pending where kind = %s order by id", (kind,))]
+            query = "select body from event_pending where kind = %s order by id"
+            return [row[0] for row in connection.execute(query, (kind,))]
 
     def settings(self, **changes: Any) -> Settings:
-        return Settings(database_url=self.app_url, artifact_url=self.artifacts.as_uri(), **({"lease_ttl_ms": 600} | changes))
+        values = {"lease_ttl_ms": 600} | changes
+        return Settings(database_url=self.app_url, artifact_url=self.artifacts.as_uri(), **values)
 
     def environment(self, **changes: Any) -> Mapping[str, str]:
         values = self.settings(**changes)
@@ -201,13 +207,17 @@ class Client(httpx.Client):
 
     def __init__(self, port: int, toy: Toy) -> None:
         super().__init__(
-            base_url=f"http://127.0.0.1:{port}", headers={"authorization": f"Bearer {toy.token}"}, timeout=20, trust_env=False
+            base_url=f"http://127.0.0.1:{port}",
+            headers={"authorization": f"Bearer {toy.token}"},
+            timeout=20,
+            trust_env=False,
         )
         self.toy = toy
 
     def predict(self, *texts: str, **headers: str) -> httpx.Response:
         body = {"inputs": list(texts or ("a",))}
-        return self.post(f"/v1/models/{self.toy.name}/predict", json=body, headers={k.replace("_", "-"): v for k, v in headers.items()})
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.post(f"/v1/models/{self.toy.name}/predict", json=body, headers=sent)
 
     def version(self) -> int:
         answer = self.predict()
@@ -236,7 +246,9 @@ def wait_until(condition: Any, *, seconds: float = 10.0) -> None:
 
 
 @contextmanager
-def serving(toy: Toy, *, factory: Any = ToyEngine, settings: Settings | None = None, ready: bool = True) -> Iterator[tuple[Client, Program]]:
+def serving(
+    toy: Toy, *, factory: Any = ToyEngine, settings: Settings | None = None, ready: bool = True
+) -> Iterator[tuple[Client, Program]]:
     """A model server in a thread of this process."""
     port = free_port()
     program = Program(settings or toy.settings(), factory, host="127.0.0.1", port=port, name="in-thread")
@@ -245,7 +257,9 @@ def serving(toy: Toy, *, factory: Any = ToyEngine, settings: Settings | None = N
     try:
         with Client(port, toy) as client:
             if ready:
-                wait_until(lambda: program.server.started and client.ready() and len(program.fleet.statuses() or ()) > 0)
+                wait_until(
+                    lambda: program.server.started and client.ready() and len(program.fleet.statuses() or ()) > 0
+                )
             yield client, program
     finally:
         program.server.should_exit = True

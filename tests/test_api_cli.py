@@ -129,7 +129,7 @@ def test_training_waits_for_the_jobs(ready: Run, api: Api) -> None:
     timer.start()
     code, out, _ = ready("model", "train", "sentiment", "--json")
     timer.join()
-    assert (code, json.loads(out)["version"]) == (0, 0)
+    assert (code, json.loads(out)["version"]) == (0, 1)
 
 
 def test_errors_say_what_to_do(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

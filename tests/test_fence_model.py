@@ -254,15 +254,19 @@ def test_the_full_rule_set_holds_for_one_process() -> None:
 def test_the_full_rule_set_holds_for_a_process_and_its_successor_nearby() -> None:
     states, trace = search(Rules(beats=1, rebuild=False), processes=2, limit=40_000)
     assert trace is None, trace
-    assert states == 40_000  # bounded here; the slow tests search the whole space
+    assert states == 40_000  # bounded, breadth first; a slow test goes further
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rules", "processes"), [(Rules(), 1), (Rules(beats=1, rebuild=False), 2)], ids=["two heartbeats", "successor"]
-)
-def test_the_full_rule_set_holds_everywhere(rules: Rules, processes: int) -> None:
-    _, trace = search(rules, processes=processes)
+def test_the_full_rule_set_holds_with_two_heartbeats_under_way() -> None:
+    states, trace = search(Rules(), processes=1)
+    assert trace is None, trace
+    assert states > 100_000
+
+
+@pytest.mark.slow
+def test_the_full_rule_set_holds_for_a_process_and_its_successor_further_out() -> None:
+    _, trace = search(Rules(beats=1, rebuild=False), processes=2, limit=500_000)
     assert trace is None, trace
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from conftest import Database
 from serving_kit import Client, Toy, ToyEngine, serving, wait_until
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def toy(database, tmp_path: Path) -> Toy:
+def toy(database: Database, tmp_path: Path) -> Toy:
     found = Toy(database.owner_url, database.app_url, tmp_path / "artifacts")
     found.create()
     found.add_toy_stage("a", 1.0, shard=0)
@@ -147,7 +148,10 @@ def test_a_damaged_artefact_keeps_the_old_version_where_the_floor_allows(toy: To
         wait_until(lambda: "cannot be loaded" in client.get("/readyz").text)
         assert client.ready()
         assert client.version() == 1
-        assert 'expunge_artifact_load_failures_total{model="toy",reason="ArtifactDigestError"}' in client.get("/metrics").text
+        assert (
+            'expunge_artifact_load_failures_total{model="toy",reason="ArtifactDigestError"}'
+            in client.get("/metrics").text
+        )
         version = toy.publish("a", "c")  # the same, as a deactivation: nothing may be answered
         wait_until(lambda: toy.leases()[0]["covers"] == version)  # which covers the floor
         answer = client.predict()

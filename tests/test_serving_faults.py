@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from conftest import Database
 from serving_kit import Client, Toy, free_port, wait_until
 
 from service.store import barrier
@@ -20,7 +21,7 @@ TTL = 0.8
 
 
 @pytest.fixture
-def toy(database, tmp_path: Path) -> Toy:
+def toy(database: Database, tmp_path: Path) -> Toy:
     found = Toy(database.owner_url, database.app_url, tmp_path / "artifacts")
     found.create()
     found.add_toy_stage("a", 1.0, shard=0)
@@ -50,7 +51,11 @@ def declare(toy: Toy, floor: int, *, margin: float = 0.1) -> None:
     until = time.monotonic() + TTL + margin
     while True:
         with psycopg.connect(toy.app_url) as connection:
-            late = frozenset(row.process_id for row in barrier.list_leases(connection)) if time.monotonic() > until else frozenset()
+            late = (
+                frozenset(row.process_id for row in barrier.list_leases(connection))
+                if time.monotonic() > until
+                else frozenset()
+            )
             if barrier.declare(connection, toy.model_id, floor, expired=late) is not None:
                 return
         time.sleep(0.01)

@@ -4,22 +4,28 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from conftest import Database
 from serving_kit import Client, Toy, ToyEngine, serving, wait_until
 
 from service.serving.__main__ import Program
+from service.serving.fence import Fence
 from service.store import api_keys
+from shards.assembly import Assembly
+from shards.logits import Logits
 from shards.recipe import Backbone, Recipe
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def toy(database, tmp_path: Path) -> Toy:
+def toy(database: Database, tmp_path: Path) -> Toy:
     found = Toy(database.owner_url, database.app_url, tmp_path / "artifacts")
     found.create()
     found.add_toy_stage("a", 1.0, shard=0)
@@ -53,7 +59,10 @@ def test_what_cannot_be_predicted_is_refused(client: Client) -> None:
     assert status(b'{"inputs": ["\\ud800"]}') == (422, "invalid-input")
     assert status(json.dumps({"inputs": ["a" * 101]}).encode()) == (413, "input-too-large")
     assert status(b" " * (4 * 2**20 + 1)) == (413, "body-too-large")
-    assert client.post("/v1/models/toy/predict", content=b'{"inputs": ["a\\u0000b", "\\ud83d\\ude00", ""]}').status_code == 200
+    assert (
+        client.post("/v1/models/toy/predict", content=b'{"inputs": ["a\\u0000b", "\\ud83d\\ude00", ""]}').status_code
+        == 200
+    )
     assert client.predict(*["a"] * 256).status_code == 200
 
 
@@ -97,21 +106,22 @@ def test_metrics_tell_of_versions_and_results_and_hold_no_input(client: Client) 
 
 
 WIDE = Recipe(
-    backbone=Backbone(source="toy", digest="0" * 64), classes=("no", "yes", *(f"class {n}" for n in range(2000))), shards=2, slices=2
+    backbone=Backbone(source="toy", digest="0" * 64),
+    classes=("no", "yes", *(f"class {n}" for n in range(2000))),
+    shards=2,
+    slices=2,
 )
 
 
-def test_a_client_that_does_not_read_cannot_hold_up_a_deactivation(database, tmp_path: Path) -> None:
+def test_a_client_that_does_not_read_cannot_hold_up_a_deactivation(database: Database, tmp_path: Path) -> None:
     """Bytes that the kernel has not taken count against `covers`; the floor's rise takes them back."""
 
     class Wide(ToyEngine):
-        def build(self, assembly):
+        def build(self, assembly: Assembly) -> Any:
             inner = super().build(assembly)
 
             class Predictor:
-                def logits(self, texts):
-                    import numpy as np  # noqa: PLC0415
-
+                def logits(self, texts: Sequence[str]) -> Logits:
                     return np.repeat(inner.logits(texts)[:, :1], len(WIDE.classes), axis=1)
 
             return Predictor()
@@ -135,7 +145,7 @@ def test_a_client_that_does_not_read_cannot_hold_up_a_deactivation(database, tmp
         assert client.version() == 2
 
 
-def fence(program: Program):
+def fence(program: Program) -> Fence:
     found = program.fleet.find("toy")
     assert found is not None
     return found.replica.fence
@@ -146,7 +156,8 @@ def slow_reader(client: Client, toy: Toy) -> socket.socket:
     reader = socket.socket()
     reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     reader.connect(("127.0.0.1", client.base_url.port))
-    head = f"POST /v1/models/toy/predict HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {toy.token}\r\ncontent-length: {len(body)}\r\n\r\n"
+    fields = f"host: x\r\nauthorization: Bearer {toy.token}\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = "POST /v1/models/toy/predict HTTP/1.1\r\n" + fields
     reader.sendall(head.encode() + body)
     return reader
 
@@ -161,7 +172,7 @@ def drain(reader: socket.socket) -> bytes:
     return received
 
 
-def test_an_outage_of_postgres_ends_in_503_and_recovers(toy: Toy, tmp_path: Path) -> None:
+def test_an_outage_of_postgres_ends_in_503_and_recovers(toy: Toy) -> None:
     """As long as nothing can be granted nothing is answered; the lease bounds how long it goes on before that."""
     with serving(toy) as (client, _):
         with toy.connect() as blocker:  # every heartbeat now waits for this lock

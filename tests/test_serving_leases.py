@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from conftest import Database
 from serving_kit import Toy
 
 from service.store import barrier, leases
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def toy(database, tmp_path: Path) -> Toy:
+def toy(database: Database, tmp_path: Path) -> Toy:
     found = Toy(database.owner_url, database.app_url, tmp_path / "artifacts")
     found.create()
     found.add_toy_stage("a", 1.0, shard=0)

@@ -2,16 +2,13 @@
 
 from typing import Annotated
 
-from fastapi import Depends
+from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 
-from service.api.context import Here
+from service.api.context import get_context
 from service.domain.errors import ExpungeError
 from service.store.api_keys import ApiKey, Scope
-
-_BEARER = HTTPBearer(auto_error=False, description="An API key, `xp_...`")
-Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 
 
 class UnauthenticatedError(ExpungeError):
@@ -22,25 +19,32 @@ class ForbiddenError(ExpungeError):
     """The key lacks a scope; the message names it."""
 
 
-class Needs:
-    """Dependency: a caller whose key has all of these scopes."""
+class Needs(HTTPBearer):
+    """Dependency: a caller whose key has all of these scopes.
+
+    It is the security scheme itself, so that FastAPI has one dependency to solve a call, not four.
+    """
 
     def __init__(self, *scopes: Scope) -> None:
         """The scopes, all of which are needed."""
+        super().__init__(scheme_name="API key", description="An API key, `xp_...`", auto_error=False)
         self.scopes = scopes
 
     # `async`, so that a remembered key costs no thread; the look-up itself runs in one.
-    async def __call__(self, here: Here, credentials: Credentials) -> ApiKey:
+    async def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] - ours gives the caller
+        self, request: Request
+    ) -> ApiKey:
         """The caller.
 
         Raises:
             UnauthenticatedError: no key, or none that is in use.
             ForbiddenError: a scope is missing.
         """
-        if credentials is None:
+        kind, _, token = request.headers.get("Authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not token:
             raise UnauthenticatedError("this call needs an API key: send `Authorization: Bearer xp_...`")
-        token = credentials.credentials
-        key = here.keys.peek(token) or await run_in_threadpool(here.keys.find, token)
+        keys = (await get_context(request)).keys
+        key = keys.peek(token) or await run_in_threadpool(keys.find, token)
         if key is None:
             raise UnauthenticatedError("the API key is not valid: check it, or have a new one made")
         if missing := [scope.value for scope in self.scopes if scope not in key.scopes]:

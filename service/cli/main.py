@@ -5,8 +5,12 @@ import sys
 import typer
 
 from service.cli import data_commands, model_commands
+from service.cli.demo import demo
 from service.cli.output import CommandError, complain
+from service.cli.replay import replay
 from service.cli.request_commands import certificate, delete, preview, requests
+from service.cli.up import up
+from service.cli.verify import verify
 
 app = typer.Typer(
     name="expunge",
@@ -17,7 +21,7 @@ app = typer.Typer(
 )
 app.add_typer(data_commands.app, name="dataset")
 app.add_typer(model_commands.app, name="model")
-for command in (delete, preview, requests, certificate):
+for command in (up, demo, delete, preview, requests, certificate, verify, replay):
     app.command()(command)
 
 

@@ -6,7 +6,6 @@ import signal
 import sys
 from functools import partial
 
-import torch
 import uvicorn
 
 from service.logs import configure_logs
@@ -19,6 +18,7 @@ from service.serving.predictor import EngineFactory, EnsembleEngine
 from service.serving.wire import WireProtocol
 from service.settings import Settings, settings
 from service.store.artifacts import open_artifacts
+from shards.engine.determinism import prepare
 
 FENCED = 3
 """Exit code of a process whose lease was ended: start a new one."""
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", default="server", help="shown in leases and logs")
     options = parser.parse_args(arguments)
     configure_logs(options.name)
-    torch.set_num_threads(1)
+    prepare()  # what is served and what was previewed are the same bits
     config = settings()
     return run(
         config,

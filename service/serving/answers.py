@@ -75,9 +75,7 @@ def parse_inputs(body: bytes, *, input_limit: int) -> list[str]:
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
-        raise ProblemError(
-            400, "malformed-json", 'the body must be JSON: {"inputs": ["a text", ...]}'
-        ) from None
+        raise ProblemError(400, "malformed-json", 'the body must be JSON: {"inputs": ["a text", ...]}') from None
     inputs = document.get("inputs") if isinstance(document, dict) else None
     if not isinstance(inputs, list) or set(document) != {"inputs"}:
         raise ProblemError(

@@ -91,13 +91,9 @@ def _compute(batch: Sequence[_Job]) -> None:
     """Run a batch and hand each job its rows; a failure goes to every job of the batch."""
     texts = [text for job in batch for text in job.texts]
     try:
-        parts = [
-            batch[0].predictor.logits(texts[start : start + ROWS]) for start in range(0, len(texts), ROWS)
-        ]
+        parts = [batch[0].predictor.logits(texts[start : start + ROWS]) for start in range(0, len(texts), ROWS)]
     except Exception as error:  # noqa: BLE001 - handed over to whoever asked
-        failure = type(
-            error
-        ).__name__  # its traceback would hold the predictor, its message may hold an input
+        failure = type(error).__name__  # its traceback would hold the predictor, its message may hold an input
         for job in batch:
             _deliver(job, None, failure)
         return

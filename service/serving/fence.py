@@ -58,9 +58,7 @@ class Fence:
 
     def send(self, version: int) -> Self:
         """Work on `version` passed the final check: it counts against `covers` until `sent`."""
-        return replace(
-            self, computing=_added(self.computing, version, -1), sending=_added(self.sending, version, 1)
-        )
+        return replace(self, computing=_added(self.computing, version, -1), sending=_added(self.sending, version, 1))
 
     def sent(self, version: int) -> Self:
         """The kernel has the whole answer, or the connection is gone."""

@@ -160,6 +160,4 @@ class Fleet:
 
 def _status(replica: Replica) -> Status:
     pointer, fence = replica.pointer, replica.fence
-    return Status(
-        replica.model, pointer.version if pointer else 0, fence.local_floor, replica.leased, replica.problem
-    )
+    return Status(replica.model, pointer.version if pointer else 0, fence.local_floor, replica.leased, replica.problem)

@@ -49,9 +49,7 @@ class Keys:
         if key is None or time.monotonic() >= until:
             key = await self._look_up(digest, token.strip())
         if scope not in key.scopes:
-            raise ProblemError(
-                403, "forbidden", f"this API key lacks the scope {scope}; ask for a key that has it"
-            )
+            raise ProblemError(403, "forbidden", f"this API key lacks the scope {scope}; ask for a key that has it")
 
     async def _look_up(self, digest: bytes, token: str) -> ApiKey:
         loop = asyncio.get_running_loop()

@@ -201,9 +201,7 @@ class Lease:
                 retry = 0.0 if done or woken else retry
             except (ExpungeError, psycopg.Error, ShardsError, OSError) as error:
                 done = False
-                self.replica.problem = (
-                    self.replica.problem or f"the model cannot be loaded: {type(error).__name__}"
-                )
+                self.replica.problem = self.replica.problem or f"the model cannot be loaded: {type(error).__name__}"
                 log.warning("load_failed", model=self.replica.model, reason=type(error).__name__)
                 if not isinstance(error, ShardsError):
                     _close(connection)
@@ -214,9 +212,7 @@ class Lease:
 
     def _load(self, connection: Connection) -> bool:
         target = leases.get_target(connection, self.replica.model_id)
-        clean = leases.list_clean_artifacts(
-            connection, self.replica.model_id
-        )  # after the target: see `maintain`
+        clean = leases.list_clean_artifacts(connection, self.replica.model_id)  # after the target: see `maintain`
         return self._weights.maintain(target, clean, lambda: self._stop.is_set() or self._wake.is_set())
 
 

@@ -46,9 +46,7 @@ class Predictions:
             passed = False
             try:
                 answer = render(replica.model, pointer, await self._compute(pointer, texts, least))
-                await (
-                    wire.drained()
-                )  # of an earlier answer on the connection: `send` would wait for it after the check
+                await wire.drained()  # of an earlier answer on the connection: `send` would wait for it after the check
                 # From here to the write nothing is awaited.
                 passed = replica.check(pointer.version)
             finally:
@@ -63,7 +61,7 @@ class Predictions:
 
     async def _compute(self, pointer: Pointer, texts: Sequence[str], least: int) -> list[Logits]:
         if pointer.version < least:
-            detail = f"this server answers from version {pointer.version}, X-Expunge-Min-Version asks for a newer one; try again"
+            detail = f"this server answers from version {pointer.version}, older than X-Expunge-Min-Version; try again"
             raise unavailable("version-too-low", detail)
         if pointer.live == 0:
             raise unavailable(
@@ -73,13 +71,9 @@ class Predictions:
         try:
             return await self.compute.run(pointer.predictor, texts)
         except OverloadedError:
-            raise unavailable(
-                "overloaded", "too many inputs are waiting; try again, or another model server"
-            ) from None
+            raise unavailable("overloaded", "too many inputs are waiting; try again, or another model server") from None
         except ComputeError as error:
-            raise ProblemError(
-                500, "engine-failed", f"the engine failed ({error}); see the server's log"
-            ) from None
+            raise ProblemError(500, "engine-failed", f"the engine failed ({error}); see the server's log") from None
 
 
 async def _transmit(served: Served, version: int, answer: Answer, wire: Wire, send: Send) -> bool:

@@ -105,7 +105,6 @@ class _WatchedTensors(StageTensors):
 
     def member_of(self, tensors: Mapping[str, Tensor]) -> Member:
         member = super().member_of(tensors)
-        heads = (tensor for head in member.head.values() for tensor in head.values())
         pairs = (tensor for pair in member.lora.values() for tensor in pair)
-        self._made += [weakref.ref(tensor) for tensor in (*tensors.values(), *pairs, *heads)]
+        self._made += [weakref.ref(tensor) for tensor in (*tensors.values(), *pairs, *member.head.values())]
         return member

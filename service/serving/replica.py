@@ -35,9 +35,7 @@ class Pointer:
 class Replica:
     """What requests, heartbeats and the loader share of one model."""
 
-    def __init__(
-        self, model_id: int, model: str, metrics: ServingMetrics, *, clock: Clock = boottime
-    ) -> None:
+    def __init__(self, model_id: int, model: str, metrics: ServingMetrics, *, clock: Clock = boottime) -> None:
         """Serves nothing until a version is pointed at and a lease is granted."""
         self.model_id = model_id
         self.model = model

@@ -120,7 +120,7 @@ class Weights:
             try:
                 predictor = engine.build(assembly)
             except ShardsError as error:
-                log.error(
+                log.warning(
                     "version_unusable",
                     model=self._replica.model,
                     version=target.version,
@@ -154,7 +154,7 @@ class Weights:
                     f"artefact {stage.digest[:12]} of stage {stage.stage_key[:12]} cannot be loaded: {reason}"
                 )
                 self._metrics.load_failures.labels(self._replica.model, reason).inc()
-                log.error(
+                log.warning(
                     "artifact_unusable",
                     model=self._replica.model,
                     stage=stage.stage_key,

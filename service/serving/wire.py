@@ -86,7 +86,7 @@ class Outbox:
             self._waiting.discard(entry)
 
     def cut(self, floor: int) -> None:
-        """Take back every waiting answer from below `floor`, so that the acknowledgement need not wait for a slow client."""
+        """Take back every waiting answer from below `floor`: a slow client must not delay the acknowledgement."""
         for version, wire in list(self._waiting):
             if version < floor:
                 wire.abort()

@@ -15,9 +15,7 @@ from service.evidence.events import EventKind
 from service.store import events
 from service.store.database import Connection
 
-SHARE_MODEL: LiteralString = (
-    "SELECT version, floor FROM model WHERE model_id = %(model_id)s::bigint FOR SHARE"
-)
+SHARE_MODEL: LiteralString = "SELECT version, floor FROM model WHERE model_id = %(model_id)s::bigint FOR SHARE"
 # A heartbeat need not wait for its fsync (rule 12); `true` ends the setting with the transaction, poolers included.
 SHARE_MODEL_ASYNC: LiteralString = """
 SELECT m.version, m.floor

@@ -57,16 +57,25 @@ class _Route:
 
 
 class _RoutedLinear(nn.Module):
-    """A frozen matrix for all rows, plus each member's adapter on its own."""
+    """A frozen matrix for all rows, plus each member's adapter, where it has one here, on its own."""
 
     def __init__(self, base: nn.Module, route: _Route, name: str) -> None:
         super().__init__()
         self.base = base
         self.route = route
         self.name = name
+        self.shared: bool | None = None
+        """Whether every member's rows are still the trunk's, so that one product serves all; found by the probe."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        out = self.base(hidden)
+        count = len(self.route.members)
+        if self.shared is None and count > 1:
+            self.shared = all(same_bits(part, hidden[: len(part)]) for part in hidden.chunk(count))
+        if self.shared and count > 1:
+            out = self.base(hidden[: hidden.shape[0] // count])
+            out = out.repeat(count, *[1] * (out.dim() - 1))
+        else:
+            out = self.base(hidden)
         for member, rows in self.route.split(hidden.shape[0]):
             if (pair := member.lora.get(self.name)) is not None:
                 down, up = pair
@@ -157,6 +166,8 @@ class Skeleton:
                 weight: Tensor = module.get_parameter("weight")
                 turned = weight if isinstance(module, nn.Linear) else weight.t()  # Conv1D keeps (in, out)
                 shapes[name] = (turned.shape[1], turned.shape[0])
+                _replace(model, name, _RoutedLinear(module, self._route, name))
+            elif layer == self.floor and isinstance(module, nn.Linear):  # for `shared`: its input may be the trunk's
                 _replace(model, name, _RoutedLinear(module, self._route, name))
             elif name in self.backbone.heads:
                 _replace(model, name, _RoutedHead(module, self._route, name))

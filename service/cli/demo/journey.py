@@ -18,8 +18,8 @@ from service.cli.demo.traffic import Traffic
 
 MODEL, TRAINING, HELD_OUT = "reviews-model", "reviews", "reviews-held-out"
 TRAIN_WITHIN, ERASE_WITHIN = 900.0, 120.0
-BURST = 20
-"""Predictions per server just before the request, without a pause: it meets full traffic."""
+AROUND = 20
+"""Predictions that are answered before the request leaves, and after `deactivated` was read, at least."""
 
 
 @dataclass
@@ -198,12 +198,10 @@ class Journey:
         return {"type": SUBJECT_TYPE, "value": self.sample.chosen}
 
     def _delete(self) -> Deactivation:
-        self.traffic.pause, pause = 0.0, self.traffic.pause
-        self.traffic.wait_for(BURST * len(self.stack.servers))
+        self.traffic.wait_for(AROUND)
         done = self.calls.delete(self._subject, MODEL)
         self.traffic.floor = done.version
-        self.traffic.wait_for(BURST * len(self.stack.servers))
-        self.traffic.pause = pause
+        self.traffic.wait_for(AROUND)
         self.screen.say(
             f"[bold green]deactivated[/] {done.client_ms:.0f} ms after the 202 ({done.server_ms:.0f} ms on the server's"
             f" clock): version {done.version} serves, no answer begins from an older one"

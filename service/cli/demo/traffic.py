@@ -35,7 +35,7 @@ class Traffic:
     model: str
     api_key: str
     texts: Sequence[str]
-    pause: float = 0.1
+    pause: float = 0.05
     """Seconds between an answer and the next request."""
     floor: int = 0
     """Set it once the API has said `deactivated`: answers to requests sent from then on count as stale below it."""
