@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
+import httpx
 from rich.console import Console
 
 from benchmarks import accuracy, deactivation, results, training
@@ -47,8 +48,8 @@ def main() -> int:
         began = time.monotonic()
         try:
             measured[name] = GROUPS[name](screen, full=options.full)
-        except (BenchmarkError, DemoError) as error:
-            console.print(f"{name} failed: {error}", style="red", markup=False)
+        except (BenchmarkError, DemoError, httpx.HTTPError) as error:
+            console.print(f"{name} failed: {error or type(error).__name__}", style="red", markup=False)
             continue
         for figure, value in measured[name].figures.items():
             screen.say(f"  {name}.{figure:<20} {value:.4g}")

@@ -31,7 +31,7 @@ Subjects = Mapping[Cell, deque[str]]
 
 
 def measure(screen: Screen, *, full: bool) -> Measured:  # noqa: ARG001 - one size: requests are what a grid has
-    """Train once, delete one stand-in reviewer after another from an idle system, then time SISA on the same records."""
+    """Train once, delete one stand-in reviewer after another from an idle system, then time SISA on those records."""
     sample = data.draw(RECORDS)
     with tempfile.TemporaryDirectory(prefix="expunge-bench-") as home:
         subjects = _train(screen, Path(home), sample)

@@ -19,7 +19,7 @@ from service.standalone.launch import command
 DATASET, MODEL = "reviews", "reviews-model"
 UP_WITHIN, STOP_WITHIN, STEP_WITHIN = 120.0, 60.0, 900.0
 LEASE_SECONDS = 3.0
-"""Longer than a lease: so long after Postgres has started, a barrier declares by timeout alone (protocol.md, rule 10)."""
+"""Longer than a lease: so long after Postgres started, a barrier declares by timeout alone (protocol.md, rule 10)."""
 
 Update = Callable[[str, float, float | None], None]
 

@@ -1,4 +1,4 @@
-"""Every setting of the programs, from `EXPUNGE_*` environment variables; `expunge up` fills them in for its children."""
+"""Every setting of the programs, from `EXPUNGE_*` environment variables; `expunge up` sets them for its children."""
 
 from functools import lru_cache
 from pathlib import Path

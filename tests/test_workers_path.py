@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from conftest import Database
@@ -20,6 +21,9 @@ from workers.training import train_queued
 pytestmark = pytest.mark.integration
 
 SUBJECTS = {f"person{number}": [f"p{number}r{row}" for row in range(1 + number % 3)] for number in range(16)}
+RECORDS_OF = """
+SELECT record_id FROM record r JOIN subject_alias a ON a.subject_id = r.owner_id WHERE a.digest = %s
+"""
 
 
 @pytest.fixture(scope="session")
@@ -57,10 +61,10 @@ def settle(world: World) -> None:
     barrier.look()
     for task, ids in list(world.context.bell.rung):
         if task == "target.erase":
-            steps.erase_target(world.context, __import__("uuid").UUID(str(ids[0])), int(ids[1]))
+            steps.erase_target(world.context, UUID(str(ids[0])), int(ids[1]))
     for task, ids in list(world.context.bell.rung):
         if task == "target.certify":
-            steps.certify_target(world.context, __import__("uuid").UUID(str(ids[0])), int(ids[1]))
+            steps.certify_target(world.context, UUID(str(ids[0])), int(ids[1]))
 
 
 def test_a_deletion_goes_from_received_to_completed_and_back_to_full_depth(world: World) -> None:
@@ -69,7 +73,7 @@ def test_a_deletion_goes_from_received_to_completed_and_back_to_full_depth(world
     assert (version, depths) == (1, (2, 2))
     with transaction(world.pool) as connection:
         model = models.get_model_by_id(connection, world.model_id)
-        ids = [row[0] for row in connection.execute("SELECT record_id FROM record r JOIN subject_alias a ON a.subject_id = r.owner_id WHERE a.digest = %s", [world.line(1, "person2", "x").owner.digest])]
+        ids = [row[0] for row in connection.execute(RECORDS_OF, [world.line(1, "person2", "x").owner.digest])]
         foreseen = preview.preview(connection, world.context.artifacts, model, ids)
     request_id = world.ask("person2")
     assert steps.plan_targets(world.context, world.model_id) == 1

@@ -111,7 +111,7 @@ def make_world(database: Any, directory: Path, backbone: Backbone, **recipe_chan
     )
     pool = make_pool(database.app_url, size=6)
     pool.open()
-    context = Context(settings, pool, LocalArtifacts(directory / "artifacts"), Bells())  # pyright: ignore
+    context = Context(settings, pool, LocalArtifacts(directory / "artifacts"), Bells())
     recipe = tiny_recipe(backbone, **recipe_changes)
     with transaction(pool) as connection:
         token = api_keys.create(connection, "tests", list(api_keys.Scope))

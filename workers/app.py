@@ -1,6 +1,9 @@
 """The Celery app: JSON only, ids only, late acknowledgement. Redis is a doorbell; Postgres knows what is to be done."""
 
+from typing import cast
+
 from celery import Celery
+from celery.utils.dispatch import Signal
 
 from service.settings import settings
 from service.store.broker import TRANSPORT_OPTIONS, broker_url
@@ -17,12 +20,14 @@ QUEUES = {
 app = Celery("expunge", include=["workers.tasks"])
 
 
-@app.on_configure.connect
 def _reach_broker(**_: object) -> None:
     """Read the URL when a program first needs it, so that the steps can be imported without one."""
     if not settings().redis_url:
         raise SystemExit("EXPUNGE_REDIS_URL is not set: name your Redis or Valkey, or use `expunge up`")
-    app.conf.broker_url = broker_url(settings().redis_url)
+    app.conf.update(broker_url=broker_url(settings().redis_url))
+
+
+cast("Signal", app.on_configure).connect(_reach_broker)
 
 
 app.conf.update(

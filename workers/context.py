@@ -25,4 +25,4 @@ def context() -> Context:
     chosen = settings()
     pool = make_pool(chosen.database_url, size=3)
     pool.open()
-    return Context(chosen, pool, open_artifacts(chosen.artifact_url), Bell())
+    return Context(chosen, pool, open_artifacts(chosen.artifact_url), Bell(chosen.redis_url))

@@ -33,16 +33,28 @@ def plan_targets(context: Context, model_id: int) -> int:
         How many targets were taken; 0 where another planner was faster.
     """
     _drop_hopeless(context, model_id)
-    with transaction(context.pool) as connection:
-        age = models.seconds_since_deactivation(connection, model_id)
-    if age is not None and age < SPACING_SECONDS:
-        time.sleep(SPACING_SECONDS - age)
 
-    def step() -> int:
+    def step() -> int | None:
         with transaction(context.pool) as connection:
+            models.lock_model(connection, model_id)
+            if _pause(connection, model_id) > 0:  # another planner published while this one slept
+                return None
             return _plan(connection, model_id)
 
-    return retrying(step)
+    taken: int | None = None
+    while taken is None:
+        with transaction(context.pool) as connection:
+            pause = _pause(connection, model_id)
+        if pause > 0:
+            time.sleep(pause)
+        taken = retrying(step)
+    return taken
+
+
+def _pause(connection: Connection, model_id: int) -> float:
+    """Seconds until the model's next deactivation may be published; 0 or less: now."""
+    age = models.seconds_since_deactivation(connection, model_id)
+    return 0.0 if age is None else SPACING_SECONDS - age
 
 
 def _drop_hopeless(context: Context, model_id: int) -> None:

@@ -121,6 +121,7 @@ CREATE TABLE deletion_request (
     CHECK ((outcome IS NULL) = (state <> 'completed'))
 );
 CREATE INDEX deletion_request_page ON deletion_request (created_at DESC, request_id DESC);
+CREATE INDEX deletion_request_state ON deletion_request (state, created_at DESC, request_id DESC);
 CREATE TABLE deletion_request_record (
     request_id uuid NOT NULL REFERENCES deletion_request,
     record_id uuid NOT NULL,
@@ -151,7 +152,8 @@ CREATE TABLE tombstone (
     CHECK (erased_at IS NULL OR removed IS NOT NULL),
     CHECK (erased_at IS NULL OR lifted_at IS NULL)
 );
-CREATE INDEX tombstone_cell ON tombstone (cell_id, removed);  -- a clean stage meets only the few with removed > g
+-- A clean stage meets only the few with removed > g.
+CREATE INDEX tombstone_cell ON tombstone (cell_id, removed);
 CREATE INDEX tombstone_request ON tombstone (request_id);
 
 CREATE TABLE do_not_train (

@@ -4,10 +4,8 @@ import threading
 import time
 from enum import StrEnum
 
-from celery import Celery
-
 from service.logs import get_logger
-from service.store.broker import PUBLISH_OPTIONS, broker_url
+from service.store.broker import sender
 
 COALESCE_SECONDS = 0.01
 PAUSE_SECONDS = 1.0
@@ -31,13 +29,7 @@ class Doorbell:
 
     def __init__(self, redis_url: str) -> None:
         """Connects to nothing yet."""
-        self._app = Celery("expunge-api", broker=broker_url(redis_url), set_as_current=False)
-        self._app.conf.update(
-            broker_connection_retry=False,
-            broker_transport_options=PUBLISH_OPTIONS,
-            task_ignore_result=True,
-            task_serializer="json",
-        )
+        self._app = sender(redis_url)
         self._pending: set[tuple[Task, int]] = set()
         self._wake = threading.Condition()
         self._stopping = False

@@ -42,9 +42,10 @@ def replay(
     else:
         for each in results:
             mark = "equal   " if each["equal"] else "DIFFERS "
-            typer.echo(f"{mark} stage {each['stage'][:16]}  served {each['expected'][:16]}  replayed {each['found'][:16]}")
+            digests = f"served {each['expected'][:16]}  replayed {each['found'][:16]}"
+            typer.echo(f"{mark} stage {each['stage'][:16]}  {digests}")
     if not all(each["equal"] for each in results):
-        typer.echo("replay: a digest differs; compare the platform fingerprints (--json) before anything else", err=True)
+        typer.echo("replay: a digest differs; first compare the platform fingerprints (--json)", err=True)
         raise typer.Exit(1)
 
 

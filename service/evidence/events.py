@@ -73,6 +73,6 @@ def event_body(kind: EventKind, fields: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a field that the kind does not have, or one that is missing.
     """
-    if set(fields) != FIELDS[kind]:
+    if fields.keys() != FIELDS[kind]:
         raise ValueError(f"{kind} has the fields {sorted(FIELDS[kind])}, not {sorted(fields)}")
     return fields

@@ -92,8 +92,9 @@ def all_freed(connection: Connection, model_id: int, version: int) -> bool:
 
 def get_started(connection: Connection) -> datetime:
     """When this postmaster started: another value means a restart or a failover (rule 10)."""
-    with connection.cursor(row_factory=scalar_row) as cursor:
-        return cursor.execute(STARTED).fetchone() or datetime.min
+    started: datetime
+    (started,) = connection.execute(STARTED).fetchall()[0]
+    return started
 
 
 def declare(

@@ -3,6 +3,8 @@
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from celery import Celery
+
 VISIBILITY_TIMEOUT = 6 * 3600
 """Seconds, longer than the longest stage. Shared by all consumers of one Redis db: the smallest would win."""
 TRANSPORT_OPTIONS: dict[str, Any] = {
@@ -14,6 +16,18 @@ TRANSPORT_OPTIONS: dict[str, Any] = {
 }
 PUBLISH_OPTIONS: dict[str, Any] = {**TRANSPORT_OPTIONS, "max_retries": 0}
 """For a program that only sends: without it a send waits 6 s for a Redis that is away, `retry=False` or not."""
+
+
+def sender(redis_url: str) -> Celery:
+    """A Celery app that only sends, by task name, and gives up at once where Redis is away."""
+    app = Celery("expunge-bell", broker=broker_url(redis_url), set_as_current=False)
+    app.conf.update(
+        broker_connection_retry=False,
+        broker_transport_options=PUBLISH_OPTIONS,
+        task_ignore_result=True,
+        task_serializer="json",
+    )
+    return app
 
 
 def broker_url(redis_url: str) -> str:

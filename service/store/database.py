@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -57,7 +57,7 @@ def make_pool(url: str, *, size: int) -> Pool:
 
 
 @contextmanager
-def transaction(pool: Pool) -> Iterator[Connection]:
+def transaction(pool: Pool) -> Generator[Connection]:
     """One transaction: commits at the end of the block, rolls back on any exception.
 
     Raises:

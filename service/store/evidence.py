@@ -168,7 +168,7 @@ def get_evidence(connection: Connection, request_id: UUID, model_id: int) -> Evi
         cells=_rows(connection, CellRow, LIST_CELLS, at),
         records=_rows(connection, RecordRow, LIST_RECORDS, at),
         payloads=_objects(connection, LIST_PAYLOADS, at),
-        times=_times(connection, request, issued_at),
+        times=_times(connection, request, model_id, issued_at),
         replicas=_replicas(connection, model_id, request),
         platforms=_platforms(connection, assembly),
         tool_version=TOOL_VERSION,
@@ -214,12 +214,12 @@ def _objects(connection: Connection, query: LiteralString, values: dict[str, Any
     return _rows(connection, ObjectRow, query, values)
 
 
-def _times(connection: Connection, request: _Request, issued_at: datetime) -> tuple[TimeRow, ...]:
+def _times(connection: Connection, request: _Request, model_id: int, issued_at: datetime) -> tuple[TimeRow, ...]:
     """When the target first entered each state, from the events; the certificate itself makes it `completed`."""
     first: dict[str, datetime] = {"received": request.created_at}
     for event in events.list_of_request(connection, request.request_id):
         noun, _, state = event.kind.partition(".")
-        if noun == "target" and state in {"deactivating", "deactivated", "erasing"}:
+        if noun == "target" and event.model_id == model_id and state in {"deactivating", "deactivated", "erasing"}:
             first.setdefault(state, event.created_at)
     first["completed"] = issued_at
     return tuple(TimeRow(state=state, at=at) for state, at in first.items())

@@ -13,7 +13,8 @@ from service.store.database import Connection
 from shards.recipe import Recipe
 
 COLUMNS: LiteralString = """
-    model_id, name, dataset_id, evaluation_id, recipe, recipe_digest, version, floor, cleared, published_at, erase_after, rebuild_wanted, building
+    model_id, name, dataset_id, evaluation_id, recipe, recipe_digest, version, floor, cleared, published_at, erase_after,
+    rebuild_wanted, building
 """
 FIND: LiteralString = "SELECT " + COLUMNS + " FROM model WHERE name = %(name)s::text"
 GET: LiteralString = "SELECT " + COLUMNS + " FROM model WHERE model_id = %(model_id)s::bigint"

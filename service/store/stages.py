@@ -49,7 +49,8 @@ WHERE sc.stage_key = ANY(%(stage_keys)s::text[]) AND rr.request_id = ANY(%(reque
 """
 INSERT: LiteralString = """
 INSERT INTO stage (stage_key, model_id, shard, prefix, roots, parent)
-VALUES (%(stage_key)s::text, %(model_id)s::bigint, %(shard)s::int, %(prefix)s::int[], %(roots)s::text[], %(parent)s::text)
+VALUES (%(stage_key)s::text, %(model_id)s::bigint, %(shard)s::int, %(prefix)s::int[], %(roots)s::text[],
+        %(parent)s::text)
 ON CONFLICT DO NOTHING
 """
 INSERT_CELL: LiteralString = """
@@ -174,7 +175,7 @@ def insert_stages(
     stages: Sequence[Stage],
     places: dict[tuple[int, int], tuple[int, int]],
 ) -> None:
-    """Stages with their lineage; `places` gives (cell id, generation) by (shard, slice). Known ones stay as they are."""
+    """Stages with their lineage; `places` gives (cell id, generation) by (shard, slice). Known ones stay."""
     with connection.cursor() as cursor:
         cursor.executemany(
             INSERT,

@@ -35,11 +35,14 @@ JOIN record r ON r.record_id = rs.record_id AND r.dataset_id = %(dataset_id)s::u
 ON CONFLICT DO NOTHING
 """
 LIST_RECORDS: LiteralString = """
-SELECT q.request_id, r.record_id, r.cell_id
+SELECT q.request_id, q.record_id, coalesce(r.cell_id, t.cell_id) AS cell_id
 FROM deletion_request_record q
-JOIN record r ON r.record_id = q.record_id AND r.dataset_id = %(dataset_id)s::uuid
-WHERE q.request_id = ANY(%(request_ids)s::uuid[])
-ORDER BY q.request_id, r.record_id
+LEFT JOIN record r ON r.record_id = q.record_id AND r.dataset_id = %(dataset_id)s::uuid
+LEFT JOIN tombstone t  -- another model's target of this request was faster and has erased the record
+    ON t.record_id = q.record_id AND t.dataset_id = %(dataset_id)s::uuid AND t.erased_at IS NOT NULL
+   AND EXISTS (SELECT FROM request_target g WHERE g.request_id = q.request_id AND g.plan IS NOT NULL)
+WHERE q.request_id = ANY(%(request_ids)s::uuid[]) AND (r.record_id IS NOT NULL OR t.record_id IS NOT NULL)
+ORDER BY q.request_id, q.record_id
 """
 INSERT_TOMBSTONES: LiteralString = """
 INSERT INTO tombstone (record_id, dataset_id, cell_id, commitment, added, request_id)
@@ -264,10 +267,10 @@ def refresh_requests(connection: Connection, request_ids: Iterable[UUID]) -> Non
             by_request.setdefault(row.request_id, []).append(row)
     states: list[str] = []
     outcomes: list[str | None] = []
-    for request_id in by_request:
-        state = least_advanced([State(target.state) for target in by_request[request_id]])
+    for found in by_request.values():
+        state = least_advanced([State(target.state) for target in found])
         states.append(state.value)
-        ended = [Outcome(target.outcome) for target in by_request[request_id] if target.outcome]
+        ended = [Outcome(target.outcome) for target in found if target.outcome]
         outcomes.append(joint_outcome(ended).value if state is State.COMPLETED else None)
     connection.execute(
         MARK_REQUESTS, {"request_ids": list(by_request), "states": states, "outcomes": outcomes}

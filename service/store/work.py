@@ -9,7 +9,8 @@ from psycopg.rows import class_row, scalar_row
 from service.store.database import Connection
 
 BACKOFF: LiteralString = """
-(t.attempted_at IS NULL OR t.attempted_at + make_interval(secs => least(power(2, t.attempts), 60)::float) < clock_timestamp())
+(t.attempted_at IS NULL
+ OR t.attempted_at + make_interval(secs => least(power(2, t.attempts), 60)::float) < clock_timestamp())
 """
 LIST_TO_PLAN: LiteralString = (
     "SELECT DISTINCT model_id FROM request_target WHERE state = 'received' ORDER BY model_id"
