@@ -12,7 +12,8 @@ from typing import Any
 from shards.digest import digest_of
 from shards.engine import determinism
 
-FILE = Path(__file__).parent / "results.json"
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "benchmarks" / "results.json"
 FORMAT = 1
 
 
@@ -93,5 +94,5 @@ def _commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(FILE.parents[1]), *arguments]
+    command = ["git", "-C", str(ROOT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -16,9 +16,9 @@ from service.store.jobs import Job
 from service.store.models import Model
 from shards.assembly import Member
 from shards.digest import digest_of, sha256_hex
-from shards.engine.ensemble import StageTensors, stage_logits
+from shards.engine.ensemble import StageTensors
 from shards.engine.s3t import S3T
-from shards.engine.skeleton import Skeleton
+from shards.engine.skeleton import Prepared, Skeleton
 from shards.manifest import Record
 from shards.stages import Stage
 from workers.context import Context
@@ -48,7 +48,7 @@ def write(
         tensors.add(digest, data)
     line = Member(stage.key, stage.prefix, digests)
     skeleton = _skeleton(engine, context.settings.device)
-    (logits,) = stage_logits(skeleton, tensors, [line], [record.text for record in records])
+    (logits,) = skeleton.answer([tensors.member(line)], _prepared(skeleton, records))
     classes = engine.recipe.classes
     labels = np.array([classes.index(record.label) for record in records], np.int64)
     data = evaluations.encode(evaluations.Evaluation(root, logits, labels))
@@ -73,6 +73,12 @@ def write(
 def _skeleton(engine: S3T, device: str) -> Skeleton:
     """The serving code over the engine's own backbone weights."""
     return Skeleton(engine.recipe, engine.backbone, device=device)
+
+
+@lru_cache(maxsize=1)
+def _prepared(skeleton: Skeleton, records: tuple[Record, ...]) -> Prepared:
+    """The evaluation set behind the trunk, which is the same for every stage of a recipe."""
+    return skeleton.prepare([record.text for record in records])
 
 
 @lru_cache(maxsize=1)

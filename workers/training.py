@@ -8,7 +8,7 @@ from uuid import uuid4
 import structlog
 
 from service.evidence.events import EventKind
-from service.store import cells, events, jobs, lineage, models, objects, payloads, stages
+from service.store import cells, events, jobs, lineage, models, objects, payloads, records, stages
 from service.store.artifacts import ArtifactMissingError
 from service.store.database import Connection, connect, retrying, transaction
 from service.store.jobs import Job
@@ -74,6 +74,8 @@ def _attempt(context: Context, job: Job) -> tuple[S3T | None, bool]:
         with transaction(context.pool) as connection:
             model = models.get_model_by_id(connection, job.model_id)
         engine = _engine(model.recipe_digest, context.settings.device, model.parsed_recipe)
+        with transaction(context.pool) as connection:  # features of records deleted since the last stage go now
+            engine.trunk.forget(records.list_tombstoned(connection, engine.trunk.record_ids))
         _train(context, engine, model, job)
     except CancelledError:
         log.info("stage.cancelled", stage=job.stage_key)
@@ -118,13 +120,13 @@ def platform_of(engine: S3T, device: str) -> dict[str, str]:
 
 def _train(context: Context, engine: S3T, model: Model, job: Job) -> None:
     with _Beat(context, job) as alive:
-        stage, records, parents = _inputs(context, model, job)
+        stage, rows, parents = _inputs(context, model, job)
 
         def progress(_done: int, _total: int) -> None:
             if not alive():
                 raise CancelledError
 
-        data = engine.train(stage, records, parents, progress)
+        data = engine.train(stage, rows, parents, progress)
         name = f"stages/{stage.key}/{sha256_hex(data)}/{uuid4()}.safetensors"
         platform = platform_of(engine, context.settings.device)
         parent = sha256_hex(parents[-1]) if parents else None
@@ -140,7 +142,7 @@ def _inputs(context: Context, model: Model, job: Job) -> tuple[Stage, list[Recor
         open_stages = stages.list_open(connection, model.model_id, model.recipe_digest)
         reads = lineage.list_reads(connection, job.stage_key)
         active = {read.slice: cells.list_active(connection, read.cell_id, read.generation) for read in reads}
-    records: Mapping[int, list[Record]] = {
+    by_slice: Mapping[int, list[Record]] = {
         read.slice: [
             stored.record
             for stored in (
@@ -159,7 +161,7 @@ def _inputs(context: Context, model: Model, job: Job) -> tuple[Stage, list[Recor
         data = _verified(context, open_stages.objects[digest], digest)
         parents.insert(0, data)
         key = open_stages.stages[key].parent
-    return stage, check_lineage(stage, records), parents
+    return stage, check_lineage(stage, by_slice), parents
 
 
 def _verified(context: Context, object_name: str, digest: str) -> bytes:

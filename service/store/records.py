@@ -24,6 +24,9 @@ GROUP BY owner_id
 LIST_ERASED: LiteralString = """
 SELECT record_id FROM tombstone WHERE cell_id = ANY(%(cell_ids)s::bigint[]) AND erased_at IS NOT NULL
 """
+LIST_TOMBSTONED: LiteralString = """
+SELECT record_id FROM tombstone WHERE record_id = ANY(%(record_ids)s::uuid[]) AND lifted_at IS NULL
+"""
 COPY: LiteralString = "COPY record (record_id, dataset_id, cell_id, owner_id, commitment, added) FROM STDIN"
 COPY_SUBJECTS: LiteralString = "COPY record_subject (record_id, subject_id) FROM STDIN"
 
@@ -75,6 +78,12 @@ def list_erased(connection: Connection, cell_ids: Iterable[int]) -> set[UUID]:
     """Records of these cells whose payloads are erased: never to be copied again."""
     with connection.cursor(row_factory=scalar_row) as cursor:
         return set(cursor.execute(LIST_ERASED, {"cell_ids": list(cell_ids)}).fetchall())
+
+
+def list_tombstoned(connection: Connection, record_ids: Iterable[UUID]) -> list[UUID]:
+    """Those of the records that are out of service."""
+    with connection.cursor(row_factory=scalar_row) as cursor:
+        return cursor.execute(LIST_TOMBSTONED, {"record_ids": list(record_ids)}).fetchall()
 
 
 def list_commitments(connection: Connection, cell_id: int) -> list[bytes]:

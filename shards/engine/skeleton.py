@@ -8,7 +8,7 @@ handed in per call, so exchanging what is served copies no weight.
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,26 @@ class Member:
 def buckets(max_tokens: int) -> tuple[int, ...]:
     """Padded lengths in use, the last being `max_tokens`."""
     return (*(length for length in BUCKETS if length < max_tokens), max_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Rows of one padded length that go through the layers together."""
+
+    rows: slice
+    places: Sequence[int]
+    """Where each row stands among the caller's texts."""
+    tokens: Tokens
+    hidden: Tensor
+    """(rows, length, width) at the lowest trained layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Texts as the trunk leaves them, for any members to answer. Derived from the texts: it has to go with them."""
+
+    count: int
+    passes: tuple[Pass, ...]
 
 
 class _Route:
@@ -142,18 +162,30 @@ class Skeleton:
         Each text's bits depend on that text and member alone: not on its neighbours, nor on the other
         members.
         """
+        return self.answer(members, self.prepare(texts, len(members)))
+
+    def prepare(self, texts: Sequence[str], members: int = 1) -> Prepared:
+        """Take texts through the trunk, in passes that suit so many members at once."""
         with self._lock:  # tokenizers keep their cutting length as state
             ids = self.backbone.token_ids(texts)
-        answers = [np.zeros((len(ids), len(self.recipe.classes)), np.float32) for _ in members]
         by_length: dict[int, list[int]] = {}
         for place, row in enumerate(ids):
             by_length.setdefault(next(b for b in self._lengths if b >= len(row)), []).append(place)
+        passes: list[Pass] = []
         for length, places in sorted(by_length.items()):
             tokens = self.backbone.pad([ids[place] for place in places], length)
             with self._lock:
-                found = self._answer(members, tokens)
+                passes += [replace(each, places=places[each.rows]) for each in self._trunk(tokens, members)]
+        return Prepared(len(ids), tuple(passes))
+
+    def answer(self, members: Sequence[Member], prepared: Prepared) -> list[Logits]:
+        """Per member the logits (texts, classes) of prepared texts; the bits are those of `logits`."""
+        answers = [np.zeros((prepared.count, len(self.recipe.classes)), np.float32) for _ in members]
+        for each in prepared.passes:
+            with self._lock:
+                found = self._upper(members, each)
             for answer, logits in zip(answers, found, strict=True):
-                answer[places] = logits
+                answer[each.places] = logits.numpy()
         return answers
 
     def _install(self, model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -173,27 +205,31 @@ class Skeleton:
                 _replace(model, name, _RoutedHead(module, self._route, name))
         return shapes
 
-    def _answer(self, members: Sequence[Member], tokens: Tokens) -> list[Logits]:
-        """Per member its logits (rows, classes), in passes of few fixed sizes."""
-        group = min(MEMBERS, max(1, len(members))) if self.batched else 1
-        found: list[list[Tensor]] = [[] for _ in members]
-        with torch.inference_mode(), self.backbone.autocast():
-            for rows in _passes(tokens.ids.shape[0], group, batched=self.batched):
-                part = tokens[rows]
-                self._route.members = ()
-                hidden = self._window.states(part, [self.floor])[self.floor]
-                for at in range(0, len(members), group):
-                    self._route.members = members[at : at + group]
-                    for place, logits in enumerate(self._upper(part, hidden)):
-                        found[at + place].append(logits)
-            return [torch.cat(parts).numpy() for parts in found]
+    def _group(self, members: int) -> int:
+        return min(MEMBERS, max(1, members)) if self.batched else 1
 
-    def _upper(self, tokens: Tokens, hidden: Tensor) -> Sequence[Tensor]:
-        """Logits (rows, classes) of each routed member, from the trunk's hidden state."""
-        count = len(self._route.members)
-        repeated = Tokens(tokens.ids.repeat(count, 1), tokens.mask.repeat(count, 1))
-        logits = self._window.logits(repeated, self.floor, hidden.repeat(count, 1, 1))
-        return logits.float().cpu().chunk(count)
+    def _trunk(self, tokens: Tokens, members: int) -> Iterator[Pass]:
+        """Hidden states at the lowest trained layer, in passes of few fixed sizes."""
+        for rows in _passes(tokens.ids.shape[0], self._group(members), batched=self.batched):
+            with torch.inference_mode(), self.backbone.autocast():
+                hidden = self._window.states(tokens[rows], [self.floor])[self.floor]
+            yield Pass(rows, (), tokens[rows], hidden)
+
+    def _upper(self, members: Sequence[Member], given: Pass) -> list[Tensor]:
+        """Per member its logits (rows, classes), from the trunk's hidden state."""
+        found: list[Tensor] = []
+        group = self._group(len(members))
+        try:
+            for at in range(0, len(members), group):
+                self._route.members = members[at : at + group]
+                count = len(self._route.members)
+                repeated = Tokens(given.tokens.ids.repeat(count, 1), given.tokens.mask.repeat(count, 1))
+                with torch.inference_mode(), self.backbone.autocast():
+                    logits = self._window.logits(repeated, self.floor, given.hidden.repeat(count, 1, 1))
+                found += logits.float().cpu().chunk(count)
+        finally:
+            self._route.members = ()  # kept, they would outlive their erasure until the next pass
+        return found
 
     def _is_pure(self, shapes: Mapping[str, tuple[int, int]]) -> bool:
         """Whether logits keep their bits alone, among others, moved, and beside any number of members."""
@@ -214,7 +250,8 @@ class Skeleton:
         return True
 
     def _tensors(self, members: Sequence[Member], tokens: Tokens) -> list[Tensor]:
-        return [torch.from_numpy(logits) for logits in self._answer(members, tokens)]
+        passes = [self._upper(members, each) for each in self._trunk(tokens, len(members))]
+        return [torch.cat(parts) for parts in zip(*passes, strict=True)]
 
     def _made_up(self, shapes: Mapping[str, tuple[int, int]], seed: int) -> Member:
         generator = torch.Generator().manual_seed(seed)

@@ -95,6 +95,11 @@ class Trunk:
             if (gone := self._features.pop(record_id, None)) is not None:
                 self.held_bytes -= sum(tensor.nbytes for tensor in gone.hidden.values())
 
+    @property
+    def record_ids(self) -> list[UUID]:
+        """Records of which something is held."""
+        return list(self._features)
+
     def clear(self) -> None:
         """Drop everything derived from records."""
         self._features.clear()
