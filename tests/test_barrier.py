@@ -103,9 +103,7 @@ class Watch:
 
     def beat(self, process_id: UUID, covers: int) -> Beat:
         with transaction(self.world.pool) as connection:
-            return leases.beat(
-                connection, process_id=process_id, model_id=self.world.model_id, covers=covers, freed=0
-            )
+            return leases.beat(connection, process_id=process_id, model_id=self.world.model_id, covers=covers, freed=0)
 
     def deactivate(self, subject: str = "s1") -> UUID:
         request_id = self.world.ask(subject)
@@ -151,10 +149,12 @@ def test_declared_when_all_have_acknowledged_and_not_before(watch: Watch, world:
 def test_a_replica_that_never_acknowledges_is_fenced_by_time(watch: Watch, world: Copy, renews: bool) -> None:
     """Dead, or alive and renewing without a swap: neither holds `deactivated` longer than its lease."""
     lost, good = watch.start(1, ttl_ms=400), watch.start(1, ttl_ms=300)
+    began = time.monotonic()
     watch.barrier.look()
     request_id = watch.deactivate()
     assert watch.beat(good, 2).granted
-    assert 0.42 < watch.until_declared(watch.barrier, (lost,) if renews else ()) < 5
+    watch.until_declared(watch.barrier, (lost,) if renews else ())
+    assert time.monotonic() - began > 0.45
     assert world.states(request_id) == [("deactivated", None)]
     assert world.rows("SELECT process_id FROM lease WHERE ended_at IS NOT NULL") == [(lost,)]
     assert watch.beat(lost, 2) == Beat(2, 2, granted=False, ended=True)
@@ -169,8 +169,7 @@ def test_a_new_barrier_trusts_no_acknowledgement_for_one_lease(watch: Watch, wor
     request_id = watch.deactivate()
     for (each,) in world.rows("SELECT process_id FROM lease"):
         assert watch.beat(each, 2).granted
-    fresh = Barrier(world.pool, world.context.bell, margin=0.05)
-    assert 0.34 < watch.until_declared(fresh) < 5
+    assert watch.until_declared(Barrier(world.pool, world.context.bell, margin=0.05)) > 0.34
     assert world.states(request_id) == [("deactivated", None)]
     assert watch.beat(process_id, 2).granted  # it had acknowledged: nobody ended it
 

@@ -209,7 +209,9 @@ def test_the_floor_rises_over_older_versions_that_may_still_serve(world: Copy) -
     with transaction(world.pool) as connection:
         model = models.lock_model(connection, world.model_id)
         empty = Assembly(model.recipe_digest, (None,) * world.recipe.shards)
-        publish.publish(connection, model, publish.Candidate(empty, False, frozenset()), cause="rebuild")
+        publish.publish(
+            connection, model, publish.Candidate(empty, canonical=False, tainted=frozenset()), cause="rebuild"
+        )
         everything = [row[0] for row in connection.execute("SELECT record_id FROM record")]
     assert world.bounds() == (2, 0, 0)
     request_id = world.ask(record_ids=everything, dataset_id=world.dataset.dataset_id)

@@ -51,7 +51,9 @@ class Copy(World):
 
     def states(self, request_id: UUID) -> list[tuple[str, str | None]]:
         """State and outcome of the request's targets by model."""
-        return self.rows("SELECT state, outcome FROM request_target WHERE request_id = %s ORDER BY model_id", request_id)
+        return self.rows(
+            "SELECT state, outcome FROM request_target WHERE request_id = %s ORDER BY model_id", request_id
+        )
 
     def shown(self, request_id: UUID) -> tuple[str, str | None]:
         return self.row("SELECT state, outcome FROM deletion_request WHERE request_id = %s", request_id)  # type: ignore[return-value]
@@ -77,7 +79,9 @@ class Copy(World):
         keys = [key for (stages,) in plans for key in stages or []]
         assert self.rows("SELECT 1 FROM artifact WHERE stage_key = ANY(%s) AND state <> 'destroyed'", keys) == []
         assert [name for name in self.context.artifacts.names(older_than=-60) if name.split("/")[1] in keys] == []
-        ids = [i for (i,) in self.rows("SELECT record_id FROM deletion_request_record WHERE request_id = %s", request_id)]
+        ids = [
+            i for (i,) in self.rows("SELECT record_id FROM deletion_request_record WHERE request_id = %s", request_id)
+        ]
         assert ids
         assert self.rows("SELECT 1 FROM record WHERE record_id = ANY(%s)", ids) == []
 

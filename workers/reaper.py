@@ -63,11 +63,19 @@ class Reaper:
         with transaction(self._pool) as connection:
             due = objects.list_sweeps(connection)
         for each in due:
-            if self._artifacts.exists(each.object_name):
+            reappeared = self._artifacts.exists(each.object_name)
+            if reappeared:
                 log.warning("artifact.reappeared", object_name=each.object_name)
                 self._artifacts.delete(each.object_name)
             with transaction(self._pool) as connection:
                 objects.mark_swept(connection, each.object_name)
+                if reappeared:
+                    events.append(
+                        connection,
+                        EventKind.ARTIFACT_REAPPEARED,
+                        object_name=each.object_name,
+                        digest=each.digest,
+                    )
 
     def remove_strays(self) -> list[str]:
         """Delete objects that no row allows and that are older than any write under way; returns their names."""

@@ -17,6 +17,7 @@ from shards.digest import digest_of, sha256_hex
 from shards.engine.artifacts import decode_verified
 from shards.engine.determinism import fingerprint, prepare
 from shards.engine.s3t import S3T, check_lineage
+from shards.errors import ArtifactDigestError
 from shards.manifest import Record
 from shards.recipe import Recipe
 from shards.stages import Stage
@@ -158,20 +159,22 @@ def _inputs(context: Context, model: Model, job: Job) -> tuple[Stage, list[Recor
         digest = open_stages.digests.get(key)
         if digest is None:
             raise RefusedError("ParentGone")
-        data = _verified(context, open_stages.objects[digest], digest)
+        data = _verified(context, model.model_id, open_stages.objects[digest], digest)
         parents.insert(0, data)
         key = open_stages.stages[key].parent
     return stage, check_lineage(stage, by_slice), parents
 
 
-def _verified(context: Context, object_name: str, digest: str) -> bytes:
+def _verified(context: Context, model_id: int, object_name: str, digest: str) -> bytes:
+    """An ancestor's artefact; one that is gone or damaged is lost and has to be trained again (rule 20)."""
     try:
         data = context.artifacts.get(object_name)
-    except ArtifactMissingError:
+        decode_verified(data, digest)
+    except (ArtifactMissingError, ArtifactDigestError):
         with transaction(context.pool) as connection:
+            models.mark_rebuild_wanted(connection, model_id)
             objects.mark_lost(connection, objects.Object(object_name, digest, None, None))
         raise
-    decode_verified(data, digest)
     return data
 
 

@@ -23,6 +23,7 @@ class EventKind(StrEnum):
     ARTIFACT_DOOMED = "artifact.doomed"
     ARTIFACT_DESTROYED = "artifact.destroyed"
     ARTIFACT_LOST = "artifact.lost"
+    ARTIFACT_REAPPEARED = "artifact.reappeared"
     CELL_INGESTED = "cell.ingested"
     CELL_ERASED = "cell.erased"
     STAGE_QUEUED = "stage.queued"
@@ -53,6 +54,7 @@ FIELDS: dict[EventKind, frozenset[str]] = {
     EventKind.ARTIFACT_DOOMED: frozenset({"object_name", "digest"}),
     EventKind.ARTIFACT_DESTROYED: frozenset({"object_name", "digest", "absent_at"}),
     EventKind.ARTIFACT_LOST: frozenset({"object_name", "digest"}),
+    EventKind.ARTIFACT_REAPPEARED: frozenset({"object_name", "digest"}),
     EventKind.CELL_INGESTED: frozenset({"shard", "slice", "generation", "root", "rows"}),
     EventKind.CELL_ERASED: frozenset({"shard", "slice", "generation", "root", "rows", "records"}),
     EventKind.STAGE_QUEUED: frozenset({"stages"}),
