@@ -1,7 +1,7 @@
 """`accuracy`: the S3T ensemble at each depth against one model on everything, on held-out stand-in reviewers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,12 +13,12 @@ from benchmarks.data import Shard
 from benchmarks.results import Measured
 from service.cli.demo.sample import Review
 from service.cli.demo.show import Screen
-from shards.assembly import Member
+from shards.assembly import Member as Line
 from shards.digest import sha256_hex
 from shards.engine.backbone import Backbone
-from shards.engine.ensemble import Monolithic, StageTensors, stage_logits
+from shards.engine.ensemble import StageTensors
 from shards.engine.s3t import S3T
-from shards.engine.skeleton import Skeleton
+from shards.engine.skeleton import Member, Prepared, Skeleton
 from shards.logits import Logits, mean_of_logits
 from shards.recipe import Recipe
 
@@ -39,7 +39,7 @@ class Job:
 
     recipe: Recipe
     shard: Shard
-    texts: Sequence[str]
+    texts: tuple[str, ...]
     """The held-out ones."""
     whole: bool
     """Whether `shard` is no shard, but has everything as its only slice."""
@@ -85,7 +85,7 @@ def _seed(
 ) -> tuple[Bools, list[Bools]]:
     """Which held-out records the one model gets right, and the ensemble at depth 1, 2, ..."""
     recipe = data.recipe(orders=1, seed=seed)
-    texts = [review.text for review in held_out]
+    texts = tuple(review.text for review in held_out)
     shards = data.partition(training, shards=recipe.shards, slices=recipe.slices, seed=seed)
     everything = Shard(-1, {0: [data.record(review) for review in training]})
     jobs = [Job(recipe, everything, texts, whole=True), *(Job(recipe, each, texts, whole=False) for each in shards)]
@@ -103,17 +103,22 @@ def train(job: Job) -> list[Logits]:
     """In a process of its own: the held-out logits of each stage of the shard, or of the one model."""
     engine, skeleton = _engine(job.recipe)
     tensors = StageTensors(job.recipe)
+    members: list[Member] = []
     if job.whole:
-        model = Monolithic(skeleton, tensors, engine.train_whole(job.shard.slices[0], _step))
-        return _answers(job, lambda texts: [model.logits(texts)])
-    artifacts: list[bytes] = []
-    lines: list[Member] = []
-    for stage in job.shard.chain(job.recipe, job.recipe.slice_orders[0]):
-        artifacts.append(engine.train(stage, job.shard.read_by(stage), artifacts, _step))
-        digests = tuple(sha256_hex(artifact) for artifact in artifacts)
-        tensors.add(digests[-1], artifacts[-1])
-        lines.append(Member(stage.key, stage.prefix, digests))
-    return _answers(job, lambda texts: stage_logits(skeleton, tensors, lines, texts))
+        members.append(tensors.member_of(engine.train_whole(job.shard.slices[0], _step)))
+    else:
+        artifacts: list[bytes] = []
+        for stage in job.shard.chain(job.recipe, job.recipe.slice_orders[0]):
+            artifacts.append(engine.train(stage, job.shard.read_by(stage), artifacts, _step))
+            digests = tuple(map(sha256_hex, artifacts))
+            tensors.add(digests[-1], artifacts[-1])
+            members.append(tensors.member(Line(stage.key, stage.prefix, digests)))
+        engine.trunk.clear()
+    chunks: list[list[Logits]] = []
+    for chunk in _prepared(skeleton, job.texts):
+        chunks.append(skeleton.answer(members, chunk))
+        children.tick()
+    return [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
 
 
 @lru_cache(maxsize=1)
@@ -122,13 +127,11 @@ def _engine(recipe: Recipe) -> tuple[S3T, Skeleton]:
     return S3T(recipe, backbone), Skeleton(recipe, backbone)
 
 
-def _answers(job: Job, ask: Callable[[Sequence[str]], list[Logits]]) -> list[Logits]:
-    """Logits of all texts, asked for in chunks so that the bar moves; an answer depends on its own text alone."""
-    chunks: list[list[Logits]] = []
-    for at in range(0, len(job.texts), CHUNK):
-        chunks.append(ask(job.texts[at : at + CHUNK]))
-        children.tick()
-    return [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
+@lru_cache(maxsize=1)
+def _prepared(skeleton: Skeleton, texts: tuple[str, ...]) -> list[Prepared]:
+    """The held-out texts behind the trunk, in chunks; an answer depends on its own text alone."""
+    members = skeleton.recipe.slices
+    return [skeleton.prepare(texts[at : at + CHUNK], members) for at in range(0, len(texts), CHUNK)]
 
 
 def _step(_done: int, _total: int) -> None:

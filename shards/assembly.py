@@ -46,9 +46,7 @@ class Assembly:
             "recipe": self.recipe,
             "aggregation": self.aggregation,
             "members": [
-                None
-                if m is None
-                else {"stage": m.stage, "prefix": list(m.prefix), "artifacts": list(m.artifacts)}
+                None if m is None else {"stage": m.stage, "prefix": list(m.prefix), "artifacts": list(m.artifacts)}
                 for m in self.members
             ],
         }

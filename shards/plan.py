@@ -36,9 +36,7 @@ def assemble(  # noqa: D417
         digests: artefact digest by stage key.
     """
     rank = {
-        tuple(order[:depth]): i
-        for i, order in reversed(list(enumerate(orders)))
-        for depth in range(1, len(order) + 1)
+        tuple(order[:depth]): i for i, order in reversed(list(enumerate(orders))) for depth in range(1, len(order) + 1)
     }
     best: dict[int, tuple[tuple[int, int, int, str], Stage]] = {}
     for stage in live.values():
@@ -68,18 +66,13 @@ def _member(stage: Stage, live: Mapping[str, Stage], digests: Mapping[str, str])
     return Member(stage.key, stage.prefix, tuple(digests[ancestor.key] for ancestor in line))
 
 
-def missing(
-    recipe: str, orders: Sequence[Sequence[int]], roots: Roots, have: AbstractSet[str]
-) -> tuple[Stage, ...]:
+def missing(recipe: str, orders: Sequence[Sequence[int]], roots: Roots, have: AbstractSet[str]) -> tuple[Stage, ...]:
     """Stages to train for full depth of every order on today's manifests, parents before children.
 
     `have` are the keys that are live or already queued.
     """
     wanted = (
-        stage
-        for shard in sorted(roots)
-        for order in orders
-        for stage in chain(recipe, shard, order, roots[shard])
+        stage for shard in sorted(roots) for order in orders for stage in chain(recipe, shard, order, roots[shard])
     )
     return tuple(dict.fromkeys(stage for stage in wanted if stage.key not in have))
 

@@ -39,9 +39,7 @@ class Stage:
     @property
     def lineage(self) -> frozenset[CellRoot]:
         """Every manifest that influenced the stage; its ancestors read prefixes of the same list."""
-        return frozenset(
-            CellRoot(self.shard, s, root) for s, root in zip(self.prefix, self.roots, strict=True)
-        )
+        return frozenset(CellRoot(self.shard, s, root) for s, root in zip(self.prefix, self.roots, strict=True))
 
     @cached_property
     def key(self) -> str:

@@ -81,9 +81,7 @@ def store_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
 def postgres(request: pytest.FixtureRequest) -> Iterator[Server]:
     outside = os.environ.get("EXPUNGE_TEST_DATABASE_OWNER_URL")
     if outside:
-        yield Server(
-            lambda user, name: make_conninfo(outside, dbname=name, **({"user": user} if user else {}))
-        )
+        yield Server(lambda user, name: make_conninfo(outside, dbname=name, **({"user": user} if user else {})))
         return
     state: State = request.getfixturevalue("store_state")
     server = Postgres(state.postgres, state.sockets, root_identity(), durable=False)

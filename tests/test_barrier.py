@@ -227,7 +227,7 @@ def test_floor_zero_and_other_models_wait_for_nobody(watch: Watch, world: Copy) 
 
 @pytest.mark.integration
 def test_silent_processes_are_ended_when_nothing_waits(watch: Watch) -> None:
-    silent, alive = watch.start(1, ttl_ms=300), watch.start(1, ttl_ms=300)
+    silent, alive = watch.start(1, ttl_ms=300), watch.start(1, ttl_ms=3000)
     watch.barrier.look()
     assert watch.barrier.end_silent() == 0
     for _ in itertools.takewhile(lambda until: time.monotonic() < until, itertools.repeat(time.monotonic() + 0.5)):

@@ -53,9 +53,7 @@ def test_make_verbs_in_the_docs_exist() -> None:
     verbs = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:
         text = page.read_text()
-        named = set(re.findall(r"`make ([a-z-]+)", text)) | set(
-            re.findall(r"^make ([a-z-]+)", text, re.MULTILINE)
-        )
+        named = set(re.findall(r"`make ([a-z-]+)", text)) | set(re.findall(r"^make ([a-z-]+)", text, re.MULTILINE))
         assert named <= verbs, page.name
 
 

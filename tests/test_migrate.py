@@ -54,9 +54,7 @@ def test_a_failed_revision_leaves_nothing_of_itself_and_keeps_the_ones_before(
     with psycopg.connect(empty_database) as connection:
         tables = connection.execute("select to_regclass('one')::text, to_regclass('two')::text").fetchone()
     assert tables == ("one", None)
-    with pytest.raises(
-        migrate.SchemaError, match=r"at revision 0001, this code needs 0002.*service\.store\.migrate"
-    ):
+    with pytest.raises(migrate.SchemaError, match=r"at revision 0001, this code needs 0002.*service\.store\.migrate"):
         migrate.check(empty_database, migrations=migrations)
 
 

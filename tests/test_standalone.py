@@ -114,9 +114,7 @@ class Launcher:
 
 @pytest.fixture
 def launcher() -> Iterator[Launcher]:
-    with tempfile.TemporaryDirectory(
-        prefix="expunge-test-"
-    ) as directory:  # a short path: sockets stay inside
+    with tempfile.TemporaryDirectory(prefix="expunge-test-") as directory:  # a short path: sockets stay inside
         launcher = Launcher(Path(directory).resolve() / "state")
         yield launcher
         launcher.close()
@@ -165,9 +163,7 @@ def test_leaves_nothing_when_killed_and_starts_again_on_the_same_data(launcher: 
     assert up.end(signal.SIGKILL) == -signal.SIGKILL
 
     # As after a crash in a container: the number in the lock file is somebody else's by now.
-    (up.root / "postgres" / "postmaster.pid").write_text(
-        f"{os.getpid()}\n{up.root}/postgres\n1\n5432\n\n\n\n"
-    )
+    (up.root / "postgres" / "postmaster.pid").write_text(f"{os.getpid()}\n{up.root}/postgres\n1\n5432\n\n\n\n")
     again = launcher()
     again.wait_ready()
     assert again.execute("select count(*) from kept") == [(1000,)]
@@ -308,9 +304,7 @@ def test_secrets_are_made_once_and_never_replaced(tmp_path: Path) -> None:
 def test_half_of_the_database_urls_is_refused(state: State) -> None:
     with pytest.raises(StandaloneError, match="EXPUNGE_DATABASE_OWNER_URL is not"):
         choose(state, Settings(database_url="postgresql://somewhere"))
-    given = Settings(
-        database_url="postgresql://a", database_owner_url="postgresql://b", redis_url="redis://c"
-    )
+    given = Settings(database_url="postgresql://a", database_owner_url="postgresql://b", redis_url="redis://c")
     assert choose(state, given).programs() == []
 
 
@@ -320,9 +314,7 @@ def test_data_of_another_postgres_is_refused(state: State) -> None:
         Postgres(state.postgres, state.sockets, Identity.SELF).initialize()
 
 
-def test_an_unreadable_process_table_leaves_the_lock_to_postgres(
-    state: State, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_process_table_leaves_the_lock_to_postgres(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postgres_module, "_users_of", lambda _data: None)
     lock = state.postgres / "postmaster.pid"
     lock.touch()

@@ -116,9 +116,7 @@ class Barrier:
             for lease in barrier.list_leases(connection):
                 seen = self._clocks.processes.get(lease.process_id)
                 if seen and seen.beats == lease.beats and self._clocks.is_expired(lease, 0, now):
-                    barrier.end_leases(
-                        connection, [lease.process_id], model_id=lease.model_id, floor=lease.covers
-                    )
+                    barrier.end_leases(connection, [lease.process_id], model_id=lease.model_id, floor=lease.covers)
                     ended += 1
         return ended
 
@@ -127,9 +125,7 @@ class Barrier:
         mine = [lease for lease in leases if lease.model_id == waiting.model_id]
         floors = sorted((f for m, f in self._clocks.floors if m == waiting.model_id), reverse=True)
         for floor in floors:
-            expired = frozenset(
-                lease.process_id for lease in mine if self._clocks.is_expired(lease, floor, now)
-            )
+            expired = frozenset(lease.process_id for lease in mine if self._clocks.is_expired(lease, floor, now))
             lagging = [lease for lease in mine if lease.covers < floor and lease.process_id not in expired]
             timer = self._clocks.floors[waiting.model_id, floor]
             trusted = self._clocks.trusts_acknowledgements(mine, now) or all(

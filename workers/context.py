@@ -23,6 +23,6 @@ class Context:
 def context() -> Context:
     """This process's context; the connection budget is protocol.md section 9's."""
     chosen = settings()
-    pool = make_pool(chosen.database_url, size=3)
+    pool = make_pool(chosen.database_url, size=3, checked=False)
     pool.open()
     return Context(chosen, pool, open_artifacts(chosen.artifact_url), Bell(chosen.redis_url))

@@ -75,9 +75,7 @@ def _begin(context: Context, request_id: UUID, model_id: int) -> bool:
             if target.attempts >= context.settings.target_attempts:
                 return _give_up(connection, request_id, model_id, state, target.attempts)
             targets.raise_attempts(connection, request_id, model_id, state)
-            doomed = objects.doom_stages(
-                connection, target.plan["stages"], request_id=request_id, model_id=model_id
-            )
+            doomed = objects.doom_stages(connection, target.plan["stages"], request_id=request_id, model_id=model_id)
             if state is State.DEACTIVATED:
                 erasure.mark_erasing(connection, request_id, model_id)
                 events.append(

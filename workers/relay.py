@@ -25,14 +25,8 @@ class Relay:
             to_train = work.count_to_train(connection)
             waiting: list[tuple[str, tuple[int | str, ...]]] = [
                 *(("targets.plan", (model_id,)) for model_id in work.list_to_plan(connection)),
-                *(
-                    ("target.erase", (str(ref.request_id), ref.model_id))
-                    for ref in work.list_to_erase(connection)
-                ),
-                *(
-                    ("target.certify", (str(ref.request_id), ref.model_id))
-                    for ref in work.list_to_certify(connection)
-                ),
+                *(("target.erase", (str(ref.request_id), ref.model_id)) for ref in work.list_to_erase(connection)),
+                *(("target.certify", (str(ref.request_id), ref.model_id)) for ref in work.list_to_certify(connection)),
                 *(("model.rebuild", (model_id,)) for model_id in work.list_to_rebuild(connection)),
                 *(("model.publish", (model_id,)) for model_id in work.list_to_publish(connection)),
             ]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from uuid import UUID
 
 import psycopg
@@ -26,35 +27,34 @@ SPACING_SECONDS = 0.1
 """At most one deactivation per model in this time; requests that come meanwhile share the next (rule 27)."""
 
 
+class _TooSoonError(Exception):
+    """The model's last deactivation is too young; the argument is how long to wait, in seconds."""
+
+
+class _OverdueError(Exception):
+    """A received target waits for so long that earlier planners must have died on it."""
+
+
 def plan_targets(context: Context, model_id: int) -> int:
     """Take all received targets of a model and publish one deactivation for them.
 
     Returns:
         How many targets were taken; 0 where another planner was faster.
     """
-    _drop_hopeless(context, model_id)
+    counted = False
 
-    def step() -> int | None:
+    def step() -> int:
         with transaction(context.pool) as connection:
-            models.lock_model(connection, model_id)
-            if _pause(connection, model_id) > 0:  # another planner published while this one slept
-                return None
-            return _plan(connection, model_id)
+            return _plan(connection, model_id, counted=counted)
 
-    taken: int | None = None
-    while taken is None:
-        with transaction(context.pool) as connection:
-            pause = _pause(connection, model_id)
-        if pause > 0:
-            time.sleep(pause)
-        taken = retrying(step)
-    return taken
-
-
-def _pause(connection: Connection, model_id: int) -> float:
-    """Seconds until the model's next deactivation may be published; 0 or less: now."""
-    age = models.seconds_since_deactivation(connection, model_id)
-    return 0.0 if age is None else SPACING_SECONDS - age
+    while True:
+        try:
+            return retrying(step)
+        except _TooSoonError as wait:
+            time.sleep(wait.args[0])
+        except _OverdueError:
+            _drop_hopeless(context, model_id)
+            counted = True
 
 
 def _drop_hopeless(context: Context, model_id: int) -> None:
@@ -62,21 +62,23 @@ def _drop_hopeless(context: Context, model_id: int) -> None:
     with transaction(context.pool) as connection:
         for overdue in targets.raise_overdue(connection, model_id):
             if overdue.attempts > context.settings.target_attempts:
-                _fail(
-                    connection, overdue.request_id, model_id, State.RECEIVED, "PlannerDied", overdue.attempts
-                )
+                _fail(connection, overdue.request_id, model_id, State.RECEIVED, "PlannerDied", overdue.attempts)
 
 
-def _plan(connection: Connection, model_id: int) -> int:
+def _plan(connection: Connection, model_id: int, *, counted: bool) -> int:
     model = models.lock_model(connection, model_id)
+    if model.deactivated_ago is not None and model.deactivated_ago < SPACING_SECONDS:
+        raise _TooSoonError(SPACING_SECONDS - model.deactivated_ago)
     claimed = targets.claim_received(connection, model_id)
     if not claimed:
         return 0
+    if not counted and any(one.overdue for one in claimed):
+        raise _OverdueError
     try:
         with connection.transaction():
             _deactivate(connection, model, claimed)
     except psycopg.errors.DatabaseError as error:
-        if isinstance(error, psycopg.OperationalError) or len(claimed) == 0:
+        if isinstance(error, psycopg.OperationalError):
             raise
         _deactivate_singly(connection, model, claimed)
     return len(claimed)
@@ -110,14 +112,17 @@ def _deactivate(connection: Connection, model: Model, claimed: list[Claimed]) ->
     found = publish.candidate(connection, model)
     for key in jobs.cancel(connection, found.tainted):
         events.append(connection, EventKind.STAGE_CANCELLED, model_id=model.model_id, stage=key)
+    unchanged = found.assembly.digest == publish.served_digest(connection, model) and model.floor == model.version
+    held = stages.list_held(connection, model.model_id, model.recipe_digest)
+    touched = stages.list_touched_by(connection, held, matched)
+    tainted = {request_id: sorted(plan.tainted(held.values(), touched[request_id])) for request_id in matched}
     version = model.floor
-    unchanged = (
-        found.assembly.digest == publish.served_digest(connection, model) and model.floor == model.version
-    )
-    if model.version > 0 and not unchanged:  # a floor below the version lets an older, tainted one be served
-        version = publish.publish(connection, model, found, cause="deactivate")
-    models.mark_rebuild_wanted(connection, model.model_id)
-    _freeze_plans(connection, model, version, places, matched)
+    with connection.pipeline():  # from here all is written and nothing read: one trip for all of it
+        if model.version > 0 and not unchanged:  # a floor below the version lets an older, tainted one be served
+            version = publish.publish(connection, model, found, cause="deactivate")
+        models.mark_rebuild_wanted(connection, model.model_id)
+        _freeze_plans(connection, model, version, places, tainted)
+    targets.refresh_requests(connection, matched)
 
 
 def _complete_unmatched(connection: Connection, model: Model, unmatched: list[UUID]) -> None:
@@ -133,18 +138,11 @@ def _complete_unmatched(connection: Connection, model: Model, unmatched: list[UU
 
 
 def _freeze_plans(
-    connection: Connection, model: Model, version: int, places: list[Place], matched: list[UUID]
+    connection: Connection, model: Model, version: int, places: list[Place], tainted: dict[UUID, list[str]]
 ) -> None:
     """Write on each target which stages its own records tainted; erasure goes by this, not by a later look."""
-    held = stages.list_held(connection, model.model_id, model.recipe_digest)
-    touched = stages.list_touched_by(connection, held, matched)
-    counts: dict[UUID, int] = {}
-    for place in places:
-        counts[place.request_id] = counts.get(place.request_id, 0) + 1
-    plans: dict[UUID, str] = {}
-    for request_id in matched:
-        keys = sorted(plan.tainted(held.values(), touched[request_id]))
-        plans[request_id] = json.dumps({"stages": keys})
+    counts = Counter(place.request_id for place in places)
+    for request_id, keys in tainted.items():
         events.append(
             connection,
             EventKind.TARGET_DEACTIVATING,
@@ -154,12 +152,11 @@ def _freeze_plans(
             records=counts[request_id],
             stages=keys,
         )
+    plans = {request_id: json.dumps({"stages": keys}) for request_id, keys in tainted.items()}
     targets.mark_deactivating(connection, model.model_id, version, plans)
 
 
-def _fail(
-    connection: Connection, request_id: UUID, model_id: int, state: State, error: str, attempts: int
-) -> None:
+def _fail(connection: Connection, request_id: UUID, model_id: int, state: State, error: str, attempts: int) -> None:
     if targets.mark_failed(connection, request_id, model_id, state, error) is not None:
         events.append(
             connection,
@@ -204,9 +201,7 @@ def _queue_missing(connection: Connection, model_id: int) -> int:
     stages.insert_stages(connection, model_id, wanted, places)
     jobs.insert_jobs(connection, model_id, [stage.key for stage in wanted])
     if wanted:
-        events.append(
-            connection, EventKind.STAGE_QUEUED, model_id=model_id, stages=[stage.key for stage in wanted]
-        )
+        events.append(connection, EventKind.STAGE_QUEUED, model_id=model_id, stages=[stage.key for stage in wanted])
     models.mark_rebuild_planned(connection, model_id, building=bool(wanted))
     return len(wanted)
 

@@ -146,9 +146,7 @@ def _inputs(context: Context, model: Model, job: Job) -> tuple[Stage, list[Recor
     by_slice: Mapping[int, list[Record]] = {
         read.slice: [
             stored.record
-            for stored in (
-                payloads.decode(context.artifacts.get(read.object_name)) if read.object_name else []
-            )
+            for stored in (payloads.decode(context.artifacts.get(read.object_name)) if read.object_name else [])
             if stored.record.record_id in active[read.slice]
         ]
         for read in reads
@@ -265,9 +263,7 @@ def _make_live(
 
 def _refuse(connection: Connection, model: Model, job: Job, names: list[str], reason: str) -> str:
     objects.doom(connection, names, model_id=model.model_id)
-    events.append(
-        connection, EventKind.STAGE_REFUSED, model_id=model.model_id, stage=job.stage_key, reason=reason
-    )
+    events.append(connection, EventKind.STAGE_REFUSED, model_id=model.model_id, stage=job.stage_key, reason=reason)
     return reason
 
 

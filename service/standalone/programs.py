@@ -26,9 +26,7 @@ class Shape:
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be meant, with `ValueError`."""
         if not 1 <= self.port <= 65535 - max(self.replicas, 0):
-            raise ValueError(
-                f"--port {self.port} leaves no room for {self.replicas} model servers below 65536"
-            )
+            raise ValueError(f"--port {self.port} leaves no room for {self.replicas} model servers below 65536")
         if self.replicas < 0 or self.trainers < 0:
             raise ValueError("the numbers of model servers and trainers cannot be negative")
 

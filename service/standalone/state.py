@@ -101,9 +101,7 @@ def ensure_secrets(keys: Path, *, may_create: bool) -> None:
             " restore the file from your backup (or begin anew with an empty state directory)"
         )
     for name in missing:
-        write_private(
-            keys / name, _signing_pem() if name == "signing.pem" else secrets.token_hex(32).encode()
-        )
+        write_private(keys / name, _signing_pem() if name == "signing.pem" else secrets.token_hex(32).encode())
     key = load_pem_private_key((keys / "signing.pem").read_bytes(), password=None)
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     write_private(keys / "signing.pub", public)
@@ -137,9 +135,7 @@ def _adopt(root: Path) -> None:
             )
         root.chmod(0o700)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise StandaloneError(
-            f"cannot use {root} as state directory ({error}): choose one with --state"
-        ) from error
+        raise StandaloneError(f"cannot use {root} as state directory ({error}): choose one with --state") from error
 
 
 def _lock(descriptor: int, root: Path) -> None:
@@ -163,9 +159,7 @@ def _sockets(root: Path) -> Path:
     digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
     outside = Path(tempfile.gettempdir()) / f"expunge-{digest}"
     if len(os.fsencode(outside)) > _SOCKET_DIRECTORY_BYTES:
-        raise StandaloneError(
-            f"{root} is too long a path for unix sockets: choose a shorter one with --state"
-        )
+        raise StandaloneError(f"{root} is too long a path for unix sockets: choose a shorter one with --state")
     outside.mkdir(mode=0o700, exist_ok=True)
     # Anybody may write to the temporary directory, so the name may have been taken before us.
     found = outside.lstat()

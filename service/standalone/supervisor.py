@@ -242,9 +242,7 @@ class Supervisor:
             )
         pause = min(self.patience.first_pause * 2 ** (child.fast_deaths - 1), self.patience.longest_pause)
         child.start_at = now + pause
-        self.tell(
-            f"{program.name} died ({_ending(process.returncode)}), starts again in {pause:.1f} s; see {log}"
-        )
+        self.tell(f"{program.name} died ({_ending(process.returncode)}), starts again in {pause:.1f} s; see {log}")
 
 
 def _kill_group(pid: int) -> None:

@@ -116,9 +116,7 @@ def _environment(stores: Stores, keys: Path, shape: Shape) -> Mapping[str, str]:
 def _check_ports(ports: Mapping[str, int]) -> None:
     for name, port in ports.items():
         with socket.socket() as probe:
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # as the programs do: TIME_WAIT is no use
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the programs do: TIME_WAIT is no use
             try:
                 probe.bind((HOST, port))
             except OSError as error:

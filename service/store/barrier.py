@@ -97,9 +97,7 @@ def get_started(connection: Connection) -> datetime:
     return started
 
 
-def declare(
-    connection: Connection, model_id: int, floor: int, *, expired: frozenset[UUID]
-) -> Declared | None:
+def declare(connection: Connection, model_id: int, floor: int, *, expired: frozenset[UUID]) -> Declared | None:
     """Clear `floor`, unless a process that is not in `expired` lags behind it (then None, nothing changed).
 
     `expired` are processes whose lease has run out on the caller's own monotonic clock; those that lag are ended.
@@ -122,9 +120,7 @@ def declare(
         )
     done = targets.mark_deactivated(connection, model_id, floor)
     for request_id in done:
-        events.append(
-            connection, EventKind.TARGET_DEACTIVATED, request_id=request_id, model_id=model_id, version=floor
-        )
+        events.append(connection, EventKind.TARGET_DEACTIVATED, request_id=request_id, model_id=model_id, version=floor)
     return Declared(done, len(lagging))
 
 
@@ -135,6 +131,4 @@ def end_leases(connection: Connection, process_ids: list[UUID], *, model_id: int
     with connection.cursor(row_factory=scalar_row) as cursor:
         ended = cursor.execute(END_LEASES, {"process_ids": process_ids}).fetchall()
     for process_id in ended:
-        events.append(
-            connection, EventKind.REPLICA_FENCED, model_id=model_id, process_id=str(process_id), floor=floor
-        )
+        events.append(connection, EventKind.REPLICA_FENCED, model_id=model_id, process_id=str(process_id), floor=floor)

@@ -17,7 +17,8 @@ Connection = psycopg.Connection[TupleRow]
 Pool = ConnectionPool[Connection]
 T = TypeVar("T")
 
-GUARDS = "-c lock_timeout=2000 -c idle_in_transaction_session_timeout=5000 -c timezone=UTC"
+# jit: compiling a plan takes longer than any query here.
+GUARDS = "-c lock_timeout=2000 -c idle_in_transaction_session_timeout=5000 -c timezone=UTC -c jit=off"
 KEEPALIVE: dict[str, Any] = {
     "keepalives_idle": 5,
     "keepalives_interval": 2,
@@ -37,13 +38,15 @@ def connect(url: str, *, autocommit: bool = False) -> Connection:
     try:
         return psycopg.connect(url, autocommit=autocommit, options=GUARDS, connect_timeout=5, **KEEPALIVE)
     except psycopg.OperationalError as error:
-        raise UnavailableError(
-            "Postgres does not answer; check EXPUNGE_DATABASE_URL and that it runs"
-        ) from error
+        raise UnavailableError("Postgres does not answer; check EXPUNGE_DATABASE_URL and that it runs") from error
 
 
-def make_pool(url: str, *, size: int) -> Pool:
-    """A closed pool of `size` connections; open it after any fork. A caller waits 2 s for one, then gets 503."""
+def make_pool(url: str, *, size: int, checked: bool = True) -> Pool:
+    """A closed pool of `size` connections; open it after any fork. A caller waits 2 s for one, then gets 503.
+
+    `checked` connections are tried before each use, so that a restart of Postgres costs callers nothing; where a
+    failed step is simply rung again, the round trip is saved.
+    """
     options: dict[str, Any] = {"options": GUARDS, "connect_timeout": 5, **KEEPALIVE}
     return ConnectionPool(
         url,
@@ -52,7 +55,7 @@ def make_pool(url: str, *, size: int) -> Pool:
         open=False,
         timeout=2.0,
         kwargs=options,
-        check=ConnectionPool.check_connection,
+        check=ConnectionPool.check_connection if checked else None,
     )
 
 

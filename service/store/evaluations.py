@@ -61,9 +61,7 @@ def accuracy(
     if dataset_id is None or not keys:
         return None
     root = evaluation_root(connection, dataset_id)
-    names = {
-        found.stage_key: found.object_name for found in objects.list_live(connection, keys, kind="evaluation")
-    }
+    names = {found.stage_key: found.object_name for found in objects.list_live(connection, keys, kind="evaluation")}
     found = _read(artifacts, [names.get(key) for key in keys])
     if found is None or any(each.root != root for each in found):
         return None

@@ -57,9 +57,7 @@ def append(
         ValueError: fields other than the kind's own.
     """
     body = Jsonb(event_body(kind, fields))
-    connection.execute(
-        APPEND, {"kind": kind.value, "request_id": request_id, "model_id": model_id, "body": body}
-    )
+    connection.execute(APPEND, {"kind": kind.value, "request_id": request_id, "model_id": model_id, "body": body})
 
 
 def list_of_request(connection: Connection, request_id: UUID) -> list[Event]:
@@ -71,6 +69,4 @@ def list_of_request(connection: Connection, request_id: UUID) -> list[Event]:
 def list_of_model(connection: Connection, model_id: int, *, after: int = 0, limit: int = 1000) -> list[Event]:
     """Events of a model, oldest first, behind the event `after`."""
     with connection.cursor(row_factory=class_row(Event)) as cursor:
-        return cursor.execute(
-            LIST_OF_MODEL, {"model_id": model_id, "after": after, "limit": limit}
-        ).fetchall()
+        return cursor.execute(LIST_OF_MODEL, {"model_id": model_id, "after": after, "limit": limit}).fetchall()

@@ -139,9 +139,7 @@ def get_evidence(connection: Connection, request_id: UUID, model_id: int) -> Evi
     at["dataset_id"] = model.dataset_id
     after = models.find_version(connection, model_id, request.version)
     before = models.find_version(connection, model_id, request.version - 1)
-    assembly = (
-        Assembly.from_json(after.body) if after else Assembly(model.recipe_digest, (None,) * recipe.shards)
-    )
+    assembly = Assembly.from_json(after.body) if after else Assembly(model.recipe_digest, (None,) * recipe.shards)
     served = _with_ancestors(connection, assembly, model.recipe_digest)
     tainted = stages.list_by_key(connection, request.plan["stages"], model.recipe_digest)
     return Evidence(
@@ -203,9 +201,7 @@ def _with_ancestors(connection: Connection, assembly: Assembly, recipe: str) -> 
     return found
 
 
-def _rows(
-    connection: Connection, kind: type[Any], query: LiteralString, values: dict[str, Any]
-) -> tuple[Any, ...]:
+def _rows(connection: Connection, kind: type[Any], query: LiteralString, values: dict[str, Any]) -> tuple[Any, ...]:
     with connection.cursor(row_factory=class_row(kind)) as cursor:
         return tuple(cursor.execute(query, values).fetchall())
 

@@ -38,9 +38,7 @@ def upgrade(owner_url: str, *, migrations: Path = _MIGRATIONS) -> None:
     config.set_main_option("script_location", str(migrations).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     # `creator`, since SQLAlchemy's own URLs are not libpq's.
-    engine = create_engine(
-        "postgresql+psycopg://", creator=lambda: psycopg.connect(owner_url), poolclass=NullPool
-    )
+    engine = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(owner_url), poolclass=NullPool)
     try:
         with engine.connect() as connection:
             config.attributes["connection"] = connection
@@ -74,9 +72,7 @@ def check(url: str, *, migrations: Path = _MIGRATIONS) -> None:
 
 def newest(migrations: Path = _MIGRATIONS) -> str:
     """The newest revision's number, with which its file name begins; empty where there is none."""
-    return max(
-        (path.name[:4] for path in (migrations / "versions").glob("[0-9][0-9][0-9][0-9]_*.py")), default=""
-    )
+    return max((path.name[:4] for path in (migrations / "versions").glob("[0-9][0-9][0-9][0-9]_*.py")), default="")
 
 
 def main() -> int:

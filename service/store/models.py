@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from typing import Any, LiteralString
 from uuid import UUID
 
-from psycopg.rows import class_row, scalar_row
+from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from service.domain.errors import NotFoundError
@@ -13,8 +13,8 @@ from service.store.database import Connection
 from shards.recipe import Recipe
 
 COLUMNS: LiteralString = """
-    model_id, name, dataset_id, evaluation_id, recipe, recipe_digest, version, floor, cleared, published_at, erase_after,
-    rebuild_wanted, building
+    model_id, name, dataset_id, evaluation_id, recipe, recipe_digest, version, floor, cleared, erase_after,
+    rebuild_wanted, building, extract(epoch FROM clock_timestamp() - published_at)::float AS deactivated_ago
 """
 FIND: LiteralString = "SELECT " + COLUMNS + " FROM model WHERE name = %(name)s::text"
 GET: LiteralString = "SELECT " + COLUMNS + " FROM model WHERE model_id = %(model_id)s::bigint"
@@ -48,10 +48,6 @@ UPDATE model SET rebuild_wanted = false, building = building OR %(building)s::bo
 WHERE model_id = %(model_id)s::bigint
 """
 MARK_BUILT: LiteralString = "UPDATE model SET building = false WHERE model_id = %(model_id)s::bigint"
-SECONDS_SINCE: LiteralString = """
-SELECT extract(epoch FROM clock_timestamp() - published_at)::float
-FROM model WHERE model_id = %(model_id)s::bigint
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +63,11 @@ class Model:
     version: int
     floor: int
     cleared: int
-    published_at: datetime | None
     erase_after: timedelta
     rebuild_wanted: bool
     building: bool
+    deactivated_ago: float | None
+    """Seconds since the newest deactivation on the database's clock; None before the first."""
 
     @property
     def parsed_recipe(self) -> Recipe:
@@ -159,12 +156,6 @@ def mark_rebuild_planned(connection: Connection, model_id: int, *, building: boo
 def mark_built(connection: Connection, model_id: int) -> None:
     """What was queued has ended and is being published."""
     connection.execute(MARK_BUILT, {"model_id": model_id})
-
-
-def seconds_since_deactivation(connection: Connection, model_id: int) -> float | None:
-    """Age of the model's newest deactivation on the database's clock; None before the first."""
-    with connection.cursor(row_factory=scalar_row) as cursor:
-        return cursor.execute(SECONDS_SINCE, {"model_id": model_id}).fetchone()
 
 
 def list_models(connection: Connection) -> list[Model]:

@@ -129,9 +129,7 @@ def mark_live(connection: Connection, object_names: Sequence[str]) -> bool:
 def list_live_digests(connection: Connection, stage_key: str, fingerprint: str) -> list[str]:
     """Digests of the stage's live artefacts from one platform: at most one, or retrain-equal is broken."""
     with connection.cursor(row_factory=scalar_row) as cursor:
-        return cursor.execute(
-            LIST_LIVE_DIGESTS, {"stage_key": stage_key, "fingerprint": fingerprint}
-        ).fetchall()
+        return cursor.execute(LIST_LIVE_DIGESTS, {"stage_key": stage_key, "fingerprint": fingerprint}).fetchall()
 
 
 def doom(connection: Connection, object_names: Iterable[str], **about: Any) -> list[Object]:
@@ -149,9 +147,7 @@ def doom_abandoned(connection: Connection, *, seconds: float) -> list[Object]:
     return _doomed(connection, DOOM_ABANDONED, {"seconds": seconds})
 
 
-def list_doomed(
-    connection: Connection, stage_keys: Iterable[str] | None = None, *, limit: int = 1000
-) -> list[Object]:
+def list_doomed(connection: Connection, stage_keys: Iterable[str] | None = None, *, limit: int = 1000) -> list[Object]:
     """Objects to destroy, of these stages or all."""
     keys = None if stage_keys is None else list(stage_keys)
     with connection.cursor(row_factory=class_row(Object)) as cursor:
@@ -203,13 +199,9 @@ def list_names(connection: Connection) -> set[str]:
         return set(cursor.execute(LIST_NAMES).fetchall())
 
 
-def _doomed(
-    connection: Connection, query: LiteralString, values: dict[str, Any], **about: Any
-) -> list[Object]:
+def _doomed(connection: Connection, query: LiteralString, values: dict[str, Any], **about: Any) -> list[Object]:
     with connection.cursor(row_factory=class_row(Object)) as cursor:
         found = cursor.execute(query, values).fetchall()
     for each in found:
-        events.append(
-            connection, EventKind.ARTIFACT_DOOMED, object_name=each.object_name, digest=each.digest, **about
-        )
+        events.append(connection, EventKind.ARTIFACT_DOOMED, object_name=each.object_name, digest=each.digest, **about)
     return found

@@ -53,8 +53,6 @@ def decode(data: bytes) -> list[StoredRecord]:
     """The records of a payload file."""
     table = pq.read_table(io.BytesIO(data), schema=SCHEMA)
     return [
-        StoredRecord(
-            row["generation"], Record(UUID(bytes=row["record_id"]), row["salt"], row["text"], row["label"])
-        )
+        StoredRecord(row["generation"], Record(UUID(bytes=row["record_id"]), row["salt"], row["text"], row["label"]))
         for row in table.to_pylist()
     ]

@@ -50,9 +50,7 @@ class Preview:
         return asdict(self)
 
 
-def preview(
-    connection: Connection, artifacts: LocalArtifacts, model: Model, record_ids: Sequence[UUID]
-) -> Preview:
+def preview(connection: Connection, artifacts: LocalArtifacts, model: Model, record_ids: Sequence[UUID]) -> Preview:
     """Plan the deletion of `record_ids` from `model` on the rows as they are now; changes nothing."""
     recipe = model.parsed_recipe
     touched = _touched(connection, model, record_ids)
@@ -63,9 +61,7 @@ def preview(
 
     def assembly(without: frozenset[str]) -> Assembly:
         live = open_stages.live(without=without)
-        return plan.assemble(
-            model.recipe_digest, recipe.shards, recipe.slice_orders, live, open_stages.digests, roots
-        )
+        return plan.assemble(model.recipe_digest, recipe.shards, recipe.slice_orders, live, open_stages.digests, roots)
 
     before, after = assembly(gone), assembly(gone | hit)
     lost = [stage for key, stage in open_stages.live(without=gone).items() if key in hit]
@@ -74,10 +70,7 @@ def preview(
     return Preview(
         model=model.name,
         records=len(set(record_ids)),
-        cells=[
-            {"shard": shard, "slice": s}
-            for shard, s in sorted({(each.shard, each.slice) for each in touched})
-        ],
+        cells=[{"shard": shard, "slice": s} for shard, s in sorted({(each.shard, each.slice) for each in touched})],
         stages_tainted=len(lost),
         depth_before=list(served.depths),
         depth_after=list(after.depths),

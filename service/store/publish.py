@@ -77,9 +77,7 @@ def publish(connection: Connection, model: Model, found: Candidate, *, cause: st
     """
     version = model.version + 1
     at = {"model_id": model.model_id, "version": version}
-    connection.execute(
-        INSERT_ASSEMBLY, {"digest": found.assembly.digest, "body": Jsonb(found.assembly.to_json())}
-    )
+    connection.execute(INSERT_ASSEMBLY, {"digest": found.assembly.digest, "body": Jsonb(found.assembly.to_json())})
     connection.execute(
         INSERT_VERSION,
         {**at, "assembly": found.assembly.digest, "cause": cause, "canonical": found.canonical},

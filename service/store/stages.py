@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import LiteralString
 from uuid import UUID
 
@@ -88,7 +89,13 @@ class StageRow:
 
     def stage(self, recipe: str) -> Stage:
         """The stage as the core knows it."""
-        return Stage(recipe, self.shard, tuple(self.prefix), tuple(self.roots), self.parent)
+        return _stage(recipe, self.shard, tuple(self.prefix), tuple(self.roots), self.parent)
+
+
+@lru_cache(maxsize=2**16)
+def _stage(recipe: str, shard: int, prefix: tuple[int, ...], roots: tuple[str, ...], parent: str | None) -> Stage:
+    """One value per stage and process: its key, a digest, is derived once and not at each plan."""
+    return Stage(recipe, shard, prefix, roots, parent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ BATCH = 5000
 """Targets that one deactivation takes at most (rule 27)."""
 
 CLAIM_RECEIVED: LiteralString = """
-SELECT t.request_id, r.subject_id
+SELECT t.request_id, r.subject_id, r.created_at < clock_timestamp() - interval '5 seconds' AS overdue
 FROM request_target t
 JOIN deletion_request r ON r.request_id = t.request_id
 WHERE t.model_id = %(model_id)s::bigint AND t.state = 'received'
@@ -118,6 +118,8 @@ class Claimed:
 
     request_id: UUID
     subject_id: UUID | None
+    overdue: bool
+    """Received so long ago that earlier planners should have taken it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,7 @@ def insert_do_not_train(connection: Connection, dataset_id: UUID, request_ids: S
 
 
 def mark_deactivating(connection: Connection, model_id: int, version: int, plans: dict[UUID, str]) -> None:
-    """Freeze the plan (JSON) on each target, which now waits for the floor `version`."""
+    """Freeze the plan (JSON) on each target, which now waits for the floor `version`; refresh the requests after."""
     values = {
         "model_id": model_id,
         "version": version,
@@ -201,7 +203,6 @@ def mark_deactivating(connection: Connection, model_id: int, version: int, plans
         "plans": list(plans.values()),
     }
     connection.execute(MARK_DEACTIVATING, values)
-    refresh_requests(connection, plans)
 
 
 def mark_no_match(connection: Connection, model_id: int, request_ids: Sequence[UUID]) -> None:
@@ -218,9 +219,7 @@ def mark_deactivated(connection: Connection, model_id: int, floor: int) -> list[
     return done
 
 
-def mark_failed(
-    connection: Connection, request_id: UUID, model_id: int, state: State, error: str
-) -> int | None:
+def mark_failed(connection: Connection, request_id: UUID, model_id: int, state: State, error: str) -> int | None:
     """Show a target as failed, from `state`; None when it was not in that state any more.
 
     `error` is the name of an error class: a message could hold data.
@@ -245,14 +244,10 @@ def raise_overdue(connection: Connection, model_id: int) -> list[Attempt]:
         return cursor.execute(RAISE_OVERDUE, {"model_id": model_id}).fetchall()
 
 
-def get_target(
-    connection: Connection, request_id: UUID, model_id: int, *, lock: bool = False
-) -> Target | None:
+def get_target(connection: Connection, request_id: UUID, model_id: int, *, lock: bool = False) -> Target | None:
     """One target, locked if asked."""
     with connection.cursor(row_factory=class_row(Target)) as cursor:
-        return cursor.execute(
-            LOCK if lock else GET, {"request_id": request_id, "model_id": model_id}
-        ).fetchone()
+        return cursor.execute(LOCK if lock else GET, {"request_id": request_id, "model_id": model_id}).fetchone()
 
 
 def refresh_requests(connection: Connection, request_ids: Iterable[UUID]) -> None:
@@ -272,6 +267,4 @@ def refresh_requests(connection: Connection, request_ids: Iterable[UUID]) -> Non
         states.append(state.value)
         ended = [Outcome(target.outcome) for target in found if target.outcome]
         outcomes.append(joint_outcome(ended).value if state is State.COMPLETED else None)
-    connection.execute(
-        MARK_REQUESTS, {"request_ids": list(by_request), "states": states, "outcomes": outcomes}
-    )
+    connection.execute(MARK_REQUESTS, {"request_ids": list(by_request), "states": states, "outcomes": outcomes})

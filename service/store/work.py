@@ -12,9 +12,7 @@ BACKOFF: LiteralString = """
 (t.attempted_at IS NULL
  OR t.attempted_at + make_interval(secs => least(power(2, t.attempts), 60)::float) < clock_timestamp())
 """
-LIST_TO_PLAN: LiteralString = (
-    "SELECT DISTINCT model_id FROM request_target WHERE state = 'received' ORDER BY model_id"
-)
+LIST_TO_PLAN: LiteralString = "SELECT DISTINCT model_id FROM request_target WHERE state = 'received' ORDER BY model_id"
 LIST_TO_ERASE: LiteralString = (
     """
 SELECT t.request_id, t.model_id
