@@ -51,6 +51,9 @@ def main() -> int:
         except (BenchmarkError, DemoError, httpx.HTTPError) as error:
             console.print(f"{name} failed: {error or type(error).__name__}", style="red", markup=False)
             continue
+        except KeyboardInterrupt:
+            console.print("interrupted; nothing was written, what was started is stopped", style="yellow")
+            return 130
         for figure, value in measured[name].figures.items():
             screen.say(f"  {name}.{figure:<20} {value:.4g}")
         screen.say(f"  [dim]{time.monotonic() - began:.0f} s")

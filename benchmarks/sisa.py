@@ -23,7 +23,7 @@ BATCH = 32
 LEARNING_RATE = 5e-5
 TRIED = tuple((dtype, attention) for dtype in (torch.float32, torch.bfloat16) for attention in ("eager", "sdpa"))
 """Arithmetic (bfloat16: autocast) and attention; the fastest on a few batches is taken."""
-TRIAL_BATCHES = 4
+TRIAL_BATCHES = 2
 
 
 @dataclass(frozen=True, slots=True)
