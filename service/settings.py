@@ -39,8 +39,8 @@ class Settings(BaseSettings):
     """The largest body of one records upload."""
     record_limit_bytes: int = Field(default=2**20, ge=1)
     """The largest line of a records upload and the largest input of a prediction."""
-    job_attempts: int = Field(default=3, ge=1)
-    """How often the training of a stage may fail before its job shows `failed`."""
+    job_attempts: int = Field(default=6, ge=1)
+    """How often the training of a stage may fail, at growing distances, before its job shows `failed`."""
     target_attempts: int = Field(default=8, ge=1)
     """How often a step of a deletion may fail, at growing distances, before its target shows `failed`."""
 

@@ -76,6 +76,7 @@ def test_a_lost_artefact_is_trained_again(world: Copy, harm: Callable[[Path], No
     with transaction(world.pool) as connection:
         assert work.list_to_rebuild(connection) == [world.model_id]
     steps.rebuild_model(world.context, world.model_id)
+    world.rest()
     train_queued(world.context)
     steps.publish_model(world.context, world.model_id)
     assert {state for state, _ in job_states(world, parent, child)} == {"done"}
@@ -98,7 +99,9 @@ def test_another_digest_under_one_key_raises_the_alarm(world: Copy, monkeypatch:
     def again() -> None:
         with transaction(world.pool) as connection:
             jobs.insert_jobs(connection, world.model_id, [key])
-        train_queued(world.context)
+        for _ in range(world.context.settings.job_attempts):
+            train_queued(world.context)
+            world.rest()
         Reaper(world.pool, world.context.artifacts, job_attempts=2).look()
 
     before = served(world)

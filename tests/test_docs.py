@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import typer.main
-from service.cli.main import app
 
+from service.cli.main import app
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
+AHEAD = {"design.md", "protocol.md"}
+"""Maps of the whole, which name what is not built yet, too."""
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -65,7 +67,7 @@ def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ..
 
 def test_commands_in_the_docs_exist() -> None:
     known = set(commands(typer.main.get_command(app)))
-    for page in PAGES:
+    for page in (page for page in PAGES if page.name not in AHEAD):
         for named in re.findall(r"(?:`|^|/)expunge ((?:[a-z]+ ?)+)", page.read_text(), re.MULTILINE):
             words = tuple(named.split())
             assert words[:1] in known or words[:2] in known, f"{page.name}: expunge {named}"

@@ -206,6 +206,9 @@ def test_a_full_disk_leaves_nothing_half_written(world: Copy, full_disk: Callabl
     assert job_states(world, job.stage_key) == {("queued", "OSError")}
     assert store.names(older_than=-60) == before
     train_queued(world.context)
+    assert job_states(world, job.stage_key) == {("queued", "OSError")}, "attempts keep their distance"
+    world.rest()
+    train_queued(world.context)
     assert job_states(world, job.stage_key, *below(world, job.stage_key)) == {("done", "OSError"), ("done", None)}
     steps.publish_model(world.context, world.model_id)
 

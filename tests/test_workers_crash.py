@@ -103,7 +103,7 @@ def way(world: World, request_id: UUID) -> None:
 def revive(world: World) -> None:
     """Time passes: what the dead process held is given up by the reaper's clocks."""
     with database.transaction(world.pool) as connection:
-        connection.execute("UPDATE stage_job SET beat_at = beat_at - interval '1 hour' WHERE state = 'running'")
+        connection.execute("UPDATE stage_job SET beat_at = beat_at - interval '1 hour' WHERE state <> 'done'")
         connection.execute("UPDATE artifact SET created_at = created_at - interval '1 hour' WHERE state = 'writing'")
         connection.execute("UPDATE request_target SET attempts = 0")
         connection.execute("UPDATE model SET published_at = published_at - interval '1 hour'")

@@ -99,7 +99,7 @@ def _deactivate_singly(connection: Connection, model: Model, claimed: list[Claim
 def _deactivate(connection: Connection, model: Model, claimed: list[Claimed]) -> None:
     """Records to tombstones to tainted stages to the next version, under model, subject and cell locks."""
     targets.lock_subjects(connection, [one.subject_id for one in claimed if one.subject_id])
-    places = targets.list_places(connection, model.dataset_id, [one.request_id for one in claimed])
+    places = targets.list_places(connection, model.model_id, model.dataset_id, [one.request_id for one in claimed])
     cells.lock_cells(connection, {place.cell_id for place in places})
     matched = list(dict.fromkeys(place.request_id for place in places))
     unmatched = [one.request_id for one in claimed if one.request_id not in set(matched)]

@@ -121,6 +121,7 @@ CREATE TABLE deletion_request (
     CHECK ((outcome IS NULL) = (state <> 'completed'))
 );
 CREATE INDEX deletion_request_page ON deletion_request (created_at DESC, request_id DESC);
+CREATE INDEX deletion_request_subject ON deletion_request (subject_id) WHERE subject_id IS NOT NULL;
 CREATE INDEX deletion_request_state ON deletion_request (state, created_at DESC, request_id DESC);
 CREATE TABLE deletion_request_record (
     request_id uuid NOT NULL REFERENCES deletion_request,
@@ -307,7 +308,7 @@ CREATE TABLE request_target (
     completed_at timestamptz,
     PRIMARY KEY (request_id, model_id),
     CHECK (state IN ('received', 'awaiting_identity', 'awaiting_approval', 'rejected', 'revoked', 'expired',
-                     'duplicate', 'failed') OR version IS NOT NULL OR outcome = 'no_match'),
+                     'duplicate', 'failed') OR version IS NOT NULL OR outcome IS NOT DISTINCT FROM 'no_match'),
     CHECK ((state = 'completed') = (outcome IS NOT NULL))
 );
 CREATE INDEX request_target_open ON request_target (model_id, state)

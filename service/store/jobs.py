@@ -22,6 +22,8 @@ WHERE stage_key = (
     FROM stage_job j
     JOIN stage s ON s.stage_key = j.stage_key
     WHERE j.state = 'queued'
+      AND (j.attempts = 0  -- a disk that is full for a moment must not use up all attempts
+           OR j.beat_at + make_interval(secs => least(power(4, j.attempts), 60)::float) < clock_timestamp())
       AND (s.parent IS NULL OR EXISTS (
           SELECT FROM artifact a WHERE a.stage_key = s.parent AND a.kind = 'stage' AND a.state = 'live'))
     ORDER BY (s.parent IS NOT DISTINCT FROM %(after)s::text AND s.parent IS NOT NULL) DESC,

@@ -32,15 +32,21 @@ FROM unnest(%(request_ids)s::uuid[]) q (request_id)
 JOIN deletion_request d ON d.request_id = q.request_id
 JOIN record_subject rs ON rs.subject_id = d.subject_id
 JOIN record r ON r.record_id = rs.record_id AND r.dataset_id = %(dataset_id)s::uuid
+UNION  -- what older requests of the same subject are about and this model has not dealt with yet, erased or not
+SELECT q.request_id, rr.record_id
+FROM unnest(%(request_ids)s::uuid[]) q (request_id)
+JOIN deletion_request d ON d.request_id = q.request_id
+JOIN deletion_request o ON o.subject_id = d.subject_id AND o.request_id <> d.request_id
+JOIN request_target g ON g.request_id = o.request_id AND g.model_id = %(model_id)s::bigint AND g.state <> 'completed'
+JOIN deletion_request_record rr ON rr.request_id = o.request_id
 ON CONFLICT DO NOTHING
 """
 LIST_RECORDS: LiteralString = """
 SELECT q.request_id, q.record_id, coalesce(r.cell_id, t.cell_id) AS cell_id
 FROM deletion_request_record q
 LEFT JOIN record r ON r.record_id = q.record_id AND r.dataset_id = %(dataset_id)s::uuid
-LEFT JOIN tombstone t  -- another model's target of this request was faster and has erased the record
+LEFT JOIN tombstone t  -- another model's target was faster and has erased the record
     ON t.record_id = q.record_id AND t.dataset_id = %(dataset_id)s::uuid AND t.erased_at IS NOT NULL
-   AND EXISTS (SELECT FROM request_target g WHERE g.request_id = q.request_id AND g.plan IS NOT NULL)
 WHERE q.request_id = ANY(%(request_ids)s::uuid[]) AND (r.record_id IS NOT NULL OR t.record_id IS NOT NULL)
 ORDER BY q.request_id, q.record_id
 """
@@ -175,9 +181,9 @@ def lock_subjects(connection: Connection, subject_ids: Iterable[UUID]) -> None:
     connection.execute(LOCK_SUBJECTS, {"subject_ids": sorted(set(subject_ids))})
 
 
-def list_places(connection: Connection, dataset_id: UUID, request_ids: Sequence[UUID]) -> list[Place]:
-    """The records of the dataset that the requests are about; those of a subject are written down first."""
-    values = {"request_ids": list(request_ids), "dataset_id": dataset_id}
+def list_places(connection: Connection, model_id: int, dataset_id: UUID, request_ids: Sequence[UUID]) -> list[Place]:
+    """The records of the model's dataset that the requests are about; those of a subject are written down first."""
+    values = {"request_ids": list(request_ids), "dataset_id": dataset_id, "model_id": model_id}
     connection.execute(INSERT_RECORDS, values)
     with connection.cursor(row_factory=class_row(Place)) as cursor:
         return cursor.execute(LIST_RECORDS, values).fetchall()

@@ -56,6 +56,8 @@ ORDER BY m.model_id
 COUNT_TO_TRAIN: LiteralString = """
 SELECT count(*) FROM stage_job j JOIN stage s ON s.stage_key = j.stage_key
 WHERE j.state = 'queued'
+  AND (j.attempts = 0
+       OR j.beat_at + make_interval(secs => least(power(4, j.attempts), 60)::float) < clock_timestamp())
   AND (s.parent IS NULL OR EXISTS (
       SELECT FROM artifact a WHERE a.stage_key = s.parent AND a.kind = 'stage' AND a.state = 'live'))
 """
