@@ -36,7 +36,7 @@ class Stage:
         """Stage index: how many slices, and so how many blocks, are trained."""
         return len(self.prefix)
 
-    @property
+    @cached_property
     def lineage(self) -> frozenset[CellRoot]:
         """Every manifest that influenced the stage; its ancestors read prefixes of the same list."""
         return frozenset(CellRoot(self.shard, s, root) for s, root in zip(self.prefix, self.roots, strict=True))

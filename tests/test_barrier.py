@@ -90,7 +90,7 @@ class Watch:
     def new(self) -> Barrier:
         made = Barrier(self.world.pool, self.world.context.bell, margin=0.05)
         with transaction(self.world.pool) as connection:
-            made._clocks.saw_postmaster(store.get_started(connection), -1e9)
+            made._clocks.saw_postmaster(store.look(connection)[0], -1e9)
         return made
 
     def start(self, covers: int, *, ttl_ms: int = 60_000, model_id: int | None = None) -> UUID:

@@ -206,7 +206,10 @@ def test_the_floor_rises_over_older_versions_that_may_still_serve(world: Copy) -
         model = models.lock_model(connection, world.model_id)
         empty = Assembly(model.recipe_digest, (None,) * world.recipe.shards)
         publish.publish(
-            connection, model, publish.Candidate(empty, canonical=False, tainted=frozenset()), cause="rebuild"
+            connection,
+            model,
+            publish.Candidate(empty, canonical=False, tainted=frozenset(), served=None),
+            cause="rebuild",
         )
         everything = [row[0] for row in connection.execute("SELECT record_id FROM record")]
     assert world.bounds() == (2, 0, 0)

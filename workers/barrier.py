@@ -99,9 +99,7 @@ class Barrier:
     def look(self) -> bool:
         """Declare what can be declared; returns whether a floor is still waited for."""
         with transaction(self._pool) as connection:
-            started = barrier.get_started(connection)
-            waiting = barrier.list_waiting(connection)
-            leases = barrier.list_leases(connection)
+            started, waiting, leases = barrier.look(connection)
         now = boottime()  # after the reads: what was read was committed before it
         clocks = self._clocks
         clocks.saw_postmaster(started, now)

@@ -97,10 +97,18 @@ def _deactivate_singly(connection: Connection, model: Model, claimed: list[Claim
 
 
 def _deactivate(connection: Connection, model: Model, claimed: list[Claimed]) -> None:
-    """Records to tombstones to tainted stages to the next version, under model, subject and cell locks."""
+    """Records to tombstones to tainted stages to the next version, under model, subject and cell locks.
+
+    In a pipeline: what is not read at once travels together with the next that is.
+    """
+    with connection.pipeline():
+        _deactivate_in_pipeline(connection, model, claimed)
+
+
+def _deactivate_in_pipeline(connection: Connection, model: Model, claimed: list[Claimed]) -> None:
     targets.lock_subjects(connection, [one.subject_id for one in claimed if one.subject_id])
     places = targets.list_places(connection, model.model_id, model.dataset_id, [one.request_id for one in claimed])
-    cells.lock_cells(connection, {place.cell_id for place in places})
+    cells.hold_cells(connection, {place.cell_id for place in places})
     matched = list(dict.fromkeys(place.request_id for place in places))
     unmatched = [one.request_id for one in claimed if one.request_id not in set(matched)]
     if unmatched:
@@ -112,16 +120,15 @@ def _deactivate(connection: Connection, model: Model, claimed: list[Claimed]) ->
     found = publish.candidate(connection, model)
     for key in jobs.cancel(connection, found.tainted):
         events.append(connection, EventKind.STAGE_CANCELLED, model_id=model.model_id, stage=key)
-    unchanged = found.assembly.digest == publish.served_digest(connection, model) and model.floor == model.version
-    held = stages.list_held(connection, model.model_id, model.recipe_digest)
+    held = stages.list_held(connection, model.model_id, model.recipe_digest, {place.cell_id for place in places})
     touched = stages.list_touched_by(connection, held, matched)
     tainted = {request_id: sorted(plan.tainted(held.values(), touched[request_id])) for request_id in matched}
     version = model.floor
-    with connection.pipeline():  # from here all is written and nothing read: one trip for all of it
-        if model.version > 0 and not unchanged:  # a floor below the version lets an older, tainted one be served
-            version = publish.publish(connection, model, found, cause="deactivate")
-        models.mark_rebuild_wanted(connection, model.model_id)
-        _freeze_plans(connection, model, version, places, tainted)
+    # A floor below the version lets an older, tainted one be served, though the newest is clean.
+    if model.version > 0 and (found.assembly.digest != found.served or model.floor < model.version):
+        version = publish.publish(connection, model, found, cause="deactivate")
+    models.mark_rebuild_wanted(connection, model.model_id)
+    _freeze_plans(connection, model, version, places, tainted)
     targets.refresh_requests(connection, matched)
 
 
@@ -216,7 +223,7 @@ def publish_model(context: Context, model_id: int) -> int | None:
                 return None
             models.mark_built(connection, model_id)
             found = publish.candidate(connection, model)
-            if found.assembly.digest == publish.served_digest(connection, model):
+            if found.assembly.digest == found.served:
                 return None
             cause = "rebuild" if model.version else "train"
             return publish.publish(connection, model, found, cause=cause)

@@ -99,7 +99,8 @@ CREATE TABLE api_key (
     name text NOT NULL,
     secret_hash bytea NOT NULL CHECK (octet_length(secret_hash) = 32),
     scopes text[] NOT NULL CHECK (scopes <@ ARRAY[
-        'deletion:write', 'deletion:read', 'deletion:approve', 'data:write', 'model:predict', 'model:admin', 'audit:read'
+        'deletion:write', 'deletion:read', 'deletion:approve', 'data:write', 'model:predict', 'model:admin',
+        'audit:read'
     ]),
     created_at timestamptz NOT NULL DEFAULT now(),
     revoked_at timestamptz

@@ -20,6 +20,8 @@ from shards.errors import ShardsError
 IDLE_POLL = 5.0
 """Seconds between looks for newly trained stages; what must be fast comes by NOTIFY and heartbeat."""
 DYING_POLL = 0.02
+SETTLE = 0.05
+"""Pause before loading, after a version was announced."""
 SLOWEST_RETRY = 10.0
 FREE_TIMEOUT = 5.0
 
@@ -193,6 +195,8 @@ class Lease:
         while not self._stop.is_set():
             woken = self._wake.wait(wait)
             self._wake.clear()
+            if woken:  # what can serve without loading has swapped already: let its acknowledgement go first
+                self._stop.wait(SETTLE)
             if self._stop.is_set():
                 break
             try:

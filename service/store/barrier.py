@@ -72,10 +72,18 @@ class Declared:
     fenced: int
 
 
-def list_waiting(connection: Connection) -> list[Waiting]:
-    """Models that the barrier has something to do for."""
-    with connection.cursor(row_factory=class_row(Waiting)) as cursor:
-        return cursor.execute(LIST_WAITING).fetchall()
+def look(connection: Connection) -> tuple[datetime, list[Waiting], list[LeaseRow]]:
+    """Postmaster's start, models to do something for, and processes that have not ended; one round trip."""
+    with (
+        connection.pipeline(),
+        connection.cursor() as first,
+        connection.cursor(row_factory=class_row(Waiting)) as second,
+        connection.cursor(row_factory=class_row(LeaseRow)) as third,
+    ):
+        first.execute(STARTED)
+        second.execute(LIST_WAITING)
+        third.execute(LIST_LEASES)
+        return first.fetchall()[0][0], second.fetchall(), third.fetchall()
 
 
 def list_leases(connection: Connection) -> list[LeaseRow]:
@@ -90,26 +98,25 @@ def all_freed(connection: Connection, model_id: int, version: int) -> bool:
         return bool(cursor.execute(ALL_FREED, {"model_id": model_id, "version": version}).fetchone())
 
 
-def get_started(connection: Connection) -> datetime:
-    """When this postmaster started: another value means a restart or a failover (rule 10)."""
-    started: datetime
-    (started,) = connection.execute(STARTED).fetchall()[0]
-    return started
-
-
 def declare(connection: Connection, model_id: int, floor: int, *, expired: frozenset[UUID]) -> Declared | None:
     """Clear `floor`, unless a process that is not in `expired` lags behind it (then None, nothing changed).
 
     `expired` are processes whose lease has run out on the caller's own monotonic clock; those that lag are ended.
     """
-    models.lock_model(connection, model_id)
+    with connection.pipeline():
+        return _declare(connection, model_id, floor, expired)
+
+
+def _declare(connection: Connection, model_id: int, floor: int, expired: frozenset[UUID]) -> Declared | None:
+    model = models.lock_model(connection, model_id)
     with connection.cursor(row_factory=class_row(LeaseRow)) as cursor:
         leases = cursor.execute(LOCK_LEASES, {"model_id": model_id}).fetchall()
     lagging = [lease.process_id for lease in leases if lease.covers < floor]
     if any(process_id not in expired for process_id in lagging):
         return None
     end_leases(connection, lagging, model_id=model_id, floor=floor)
-    if connection.execute(MARK_CLEARED, {"model_id": model_id, "floor": floor}).rowcount:
+    if model.cleared < floor:
+        connection.execute(MARK_CLEARED, {"model_id": model_id, "floor": floor})
         events.append(
             connection,
             EventKind.VERSION_CLEARED,

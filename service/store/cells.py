@@ -148,6 +148,11 @@ def share_cells(connection: Connection, cell_ids: Iterable[int]) -> None:
     connection.execute(LOCK_SHARED, {"cell_ids": sorted(set(cell_ids))})
 
 
+def hold_cells(connection: Connection, cell_ids: Iterable[int]) -> None:
+    """Lock cells in id order without reading them."""
+    connection.execute(LOCK, {"cell_ids": sorted(set(cell_ids))})
+
+
 def list_active(connection: Connection, cell_id: int, generation: int) -> set[UUID]:
     """Ids of the records in a manifest of the cell, as long as none of them has been erased since."""
     with connection.cursor(row_factory=scalar_row) as cursor:

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from typing import Any, LiteralString
 from uuid import UUID
 
-from psycopg.rows import class_row
+from psycopg.rows import class_row, scalar_row
 from psycopg.types.json import Jsonb
 
 from service.domain.errors import NotFoundError
@@ -40,6 +40,9 @@ FROM model_version v JOIN assembly a ON a.digest = v.assembly
 WHERE v.model_id = %(model_id)s::bigint AND v.version = %(version)s::bigint
 """
 
+FIND_SERVED: LiteralString = """
+SELECT assembly FROM model_version WHERE model_id = %(model_id)s::bigint AND version = %(version)s::bigint
+"""
 MARK_REBUILD_WANTED: LiteralString = """
 UPDATE model SET rebuild_wanted = true WHERE model_id = %(model_id)s::bigint AND NOT rebuild_wanted
 """
@@ -141,6 +144,12 @@ def lock_model(connection: Connection, model_id: int) -> Model:
 def share_model(connection: Connection, model_id: int) -> Model:
     """The model, locked FOR SHARE: its floor cannot rise until the transaction ends (rules 3 and 5)."""
     return _one(connection, LOCK_SHARED, model_id)
+
+
+def find_served(connection: Connection, model_id: int, version: int) -> str | None:
+    """Digest of the assembly that a version serves."""
+    with connection.cursor(row_factory=scalar_row) as cursor:
+        return cursor.execute(FIND_SERVED, {"model_id": model_id, "version": version}).fetchone()
 
 
 def mark_rebuild_wanted(connection: Connection, model_id: int) -> None:

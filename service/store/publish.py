@@ -39,6 +39,8 @@ class Candidate:
     canonical: bool
     tainted: frozenset[str]
     """Stages of the model, trained or coming, whose lineage holds a tombstone."""
+    served: str | None
+    """Digest of the assembly that the newest version serves; None before the first."""
 
 
 def candidate(connection: Connection, model: Model) -> Candidate:
@@ -56,7 +58,8 @@ def candidate(connection: Connection, model: Model) -> Candidate:
         open_stages.digests,
         roots,
     )
-    return Candidate(assembly, plan.canonical(assembly, recipe.slice_orders, roots), tainted)
+    served = models.find_served(connection, model.model_id, model.version)
+    return Candidate(assembly, plan.canonical(assembly, recipe.slice_orders, roots), tainted, served)
 
 
 def today(connection: Connection, model: Model) -> dict[int, dict[int, str]]:
@@ -96,9 +99,3 @@ def publish(connection: Connection, model: Model, found: Candidate, *, cause: st
         canonical=found.canonical,
     )
     return version
-
-
-def served_digest(connection: Connection, model: Model) -> str | None:
-    """Digest of the assembly that the model's newest version serves."""
-    newest = models.find_version(connection, model.model_id, model.version)
-    return newest.assembly if newest else None

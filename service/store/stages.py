@@ -64,6 +64,7 @@ SELECT s.stage_key, s.shard, s.prefix, s.roots, s.parent,
        NULL::text AS digest, NULL::text AS parent_digest, NULL::text AS object_name
 FROM stage s
 WHERE s.model_id = %(model_id)s::bigint
+  AND s.shard IN (SELECT c.shard FROM cell c WHERE c.cell_id = ANY(%(cell_ids)s::bigint[]))
   AND (EXISTS (SELECT FROM artifact a WHERE a.stage_key = s.stage_key AND a.state <> 'destroyed')
        OR EXISTS (SELECT FROM stage_job j WHERE j.stage_key = s.stage_key AND j.state IN ('queued', 'running')))
 """
@@ -143,10 +144,11 @@ def list_open(connection: Connection, model_id: int, recipe: str) -> OpenStages:
     return found
 
 
-def list_held(connection: Connection, model_id: int, recipe: str) -> dict[str, Stage]:
-    """Stages of which any trace is left or coming: what a request's plan has to name."""
+def list_held(connection: Connection, model_id: int, recipe: str, cell_ids: Iterable[int]) -> dict[str, Stage]:
+    """Stages in the shards of these cells of which any trace is left or coming: what a plan may have to name."""
+    values = {"model_id": model_id, "cell_ids": list(cell_ids)}
     with connection.cursor(row_factory=class_row(StageRow)) as cursor:
-        rows = cursor.execute(LIST_HELD, {"model_id": model_id}).fetchall()
+        rows = cursor.execute(LIST_HELD, values).fetchall()
     return {row.stage_key: row.stage(recipe) for row in rows}
 
 
