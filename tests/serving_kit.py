@@ -158,7 +158,9 @@ class Toy:
     def publish(self, *names: str | None, cause: str = "deactivate", taint: int | None = None) -> int:
         """Publish the assembly of these stages; `taint` is a shard whose records are deleted with it."""
         members = tuple(None if n is None else Member(self.stages[n][0], (0,), (self.stages[n][1],)) for n in names)
-        found = publish.Candidate(Assembly(self.recipe.digest, members), canonical=False, tainted=frozenset())
+        found = publish.Candidate(
+            Assembly(self.recipe.digest, members), canonical=False, tainted=frozenset(), served=None, reserve=False
+        )
         with self.connect() as connection:
             model = models.lock_model(connection, self.model_id)
             if taint is not None:

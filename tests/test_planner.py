@@ -77,7 +77,7 @@ def test_the_second_of_two_plans_waits_for_the_same_floor(world: Copy) -> None:
         assert steps.plan_targets(world.context, world.model_id) == 1
     assert world.bounds() == (2, 2, 0)
     assert world.rows("SELECT DISTINCT state, version FROM request_target") == [("deactivating", 2)]
-    barrier = Barrier(world.pool, world.context.bell, margin=0.05)
+    barrier = Barrier(world.pool, margin=0.05)
     assert barrier.look()
     assert world.rows("SELECT DISTINCT state FROM request_target") == [("deactivating",)]
     with transaction(world.pool) as connection:

@@ -208,7 +208,7 @@ def test_the_floor_rises_over_older_versions_that_may_still_serve(world: Copy) -
         publish.publish(
             connection,
             model,
-            publish.Candidate(empty, canonical=False, tainted=frozenset(), served=None),
+            publish.Candidate(empty, canonical=False, tainted=frozenset(), served=None, reserve=False),
             cause="rebuild",
         )
         everything = [row[0] for row in connection.execute("SELECT record_id FROM record")]

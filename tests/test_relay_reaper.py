@@ -67,7 +67,7 @@ def test_the_relay_alone_moves_a_request_to_its_end(world: Copy, monkeypatch: py
         "stages.train": lambda: train_queued(world.context),
     }
     request_id = world.ask("s1")
-    bells, barrier = Bells(), Barrier(world.pool, Bells(), margin=0.05)  # type: ignore[arg-type]
+    bells, barrier = Bells(), Barrier(world.pool, margin=0.05)  # type: ignore[arg-type]
     look = Relay(world.pool, bells).look  # type: ignore[arg-type]
     while look():
         for task, ids in bells.rung[-10:]:
@@ -87,7 +87,7 @@ def test_the_relay_does_not_flood(world: Copy, monkeypatch: pytest.MonkeyPatch) 
     ringer = Relay(world.pool, bells)  # type: ignore[arg-type]
     assert [ringer.look(), ringer.look()] == [1, 1]  # the planner's is cheap to hear twice and the way is short
     steps.plan_targets(world.context, world.model_id)
-    Barrier(world.pool, Bells(), margin=0.05).look()  # type: ignore[arg-type]
+    Barrier(world.pool, margin=0.05).look()  # type: ignore[arg-type]
     bells.rung.clear()
     assert [ringer.look(), ringer.look()] == [2, 0]
     assert sorted(task for task, _ in bells.rung) == ["model.rebuild", "target.erase"]
@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_nothing_half_written(world: Copy, full_disk: Callabl
 
     request_id = world.ask("new")
     steps.plan_targets(world.context, world.model_id)
-    Barrier(world.pool, world.context.bell, margin=0.05).look()
+    Barrier(world.pool, margin=0.05).look()
     full_disk()
     with pytest.raises(OSError, match="No space"):
         steps.erase_target(world.context, request_id, world.model_id)

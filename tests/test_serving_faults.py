@@ -52,9 +52,7 @@ def declare(toy: Toy, floor: int, *, margin: float = 0.1) -> None:
     while True:
         with psycopg.connect(toy.app_url) as connection:
             late = (
-                frozenset(row.process_id for row in barrier.list_leases(connection))
-                if time.monotonic() > until
-                else frozenset()
+                {row.process_id: row.beats for row in barrier.look(connection)[2]} if time.monotonic() > until else {}
             )
             if barrier.declare(connection, toy.model_id, floor, expired=late) is not None:
                 return

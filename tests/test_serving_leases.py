@@ -57,7 +57,7 @@ def test_a_late_heartbeat_is_refused_and_an_ended_row_says_so(toy: Toy) -> None:
     toy.publish("a", None)
     assert beat(toy, process_id, 1) == Beat(2, 2, granted=False)
     with psycopg.connect(toy.app_url) as connection:
-        assert barrier.declare(connection, toy.model_id, 2, expired=frozenset({process_id})) is not None
+        assert barrier.declare(connection, toy.model_id, 2, expired={process_id: 1}) is not None
     assert beat(toy, process_id, 1) == Beat(2, 2, granted=False, ended=True)
     assert beat(toy, process_id, 2) == Beat(2, 2, granted=False, ended=True)
     assert beat(toy, uuid.uuid4(), 2).ended

@@ -23,6 +23,7 @@ FRAGMENTS = {
     "models.COLUMNS": "a list of columns",
     "stages.TAINTED_CELL": "a condition",
     "work.BACKOFF": "a condition",
+    "erasure.UNHINDERED": "a condition",
 }
 NOT_EXPLAINED = {  # Postgres explains only queries and changes of rows
     "records.COPY": "COPY",

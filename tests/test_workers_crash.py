@@ -90,7 +90,7 @@ def world(database: Database, tmp_path: Path, backbone: Backbone) -> Iterator[Wo
 def way(world: World, request_id: UUID) -> None:
     """What workers do for one request, in the order of the bells; begun anew after each death."""
     steps.plan_targets(world.context, world.model_id)
-    Barrier(world.pool, world.context.bell, margin=0.1).look()
+    Barrier(world.pool, margin=0.1).look()
     steps.erase_target(world.context, request_id, world.model_id)
     Reaper(world.pool, world.context.artifacts, job_attempts=99).look()
     steps.erase_target(world.context, request_id, world.model_id)

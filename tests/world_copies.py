@@ -43,7 +43,7 @@ class Copy(World):
 
     def finish(self, *request_ids: UUID) -> None:
         """Barrier, erasure and certificates of all targets, as the bells would have it."""
-        Barrier(self.pool, self.context.bell, margin=0.05).look()
+        Barrier(self.pool, margin=0.05).look()
         for step in (steps.erase_target, steps.certify_target):
             for request_id in request_ids:
                 for (model_id,) in self.rows("SELECT model_id FROM request_target WHERE request_id = %s", request_id):

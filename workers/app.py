@@ -1,10 +1,13 @@
 """The Celery app: JSON only, ids only, late acknowledgement. Redis is a doorbell; Postgres knows what is to be done."""
 
+import logging
 from typing import cast
 
 from celery import Celery
+from celery.signals import setup_logging
 from celery.utils.dispatch import Signal
 
+from service.logs import configure_logs
 from service.settings import settings
 from service.store.broker import TRANSPORT_OPTIONS, broker_url
 
@@ -27,7 +30,13 @@ def _reach_broker(**_: object) -> None:
     app.conf.update(broker_url=broker_url(settings().redis_url))
 
 
+def _sanitised_logs(**_: object) -> None:
+    """Our own logging in place of Celery's, whose tracebacks quote rows and messages."""
+    configure_logs("worker", level=logging.WARNING)
+
+
 cast("Signal", app.on_configure).connect(_reach_broker)
+setup_logging.connect(_sanitised_logs)
 
 
 app.conf.update(

@@ -13,7 +13,6 @@ import structlog
 from service.store import barrier
 from service.store.barrier import LeaseRow, Waiting
 from service.store.database import Pool, retrying, transaction
-from workers.bell import Bell
 
 log = structlog.get_logger()
 
@@ -71,10 +70,13 @@ class Clocks:
         Either it has not renewed for a whole time to live on our clock, or it lags behind a floor that long: a
         heartbeat that covers less than a committed floor is refused.
         """
-        length = lease.ttl_ms / 1000 + self.margin
-        silent = now > self.processes[lease.process_id].since + length
         at = self.floors.get((lease.model_id, floor))
-        return silent or (at is not None and lease.covers < floor and now > at + length)
+        lags = at is not None and lease.covers < floor and now > at + lease.ttl_ms / 1000 + self.margin
+        return lags or self.is_silent(lease, now)
+
+    def is_silent(self, lease: LeaseRow, now: float) -> bool:
+        """Whether the process has not renewed for a whole time to live on our clock."""
+        return now > self.processes[lease.process_id].since + lease.ttl_ms / 1000 + self.margin
 
     def trusts_acknowledgements(self, leases: list[LeaseRow], now: float) -> bool:
         """False for one lease's length after another postmaster took over (rule 10)."""
@@ -88,16 +90,15 @@ def _open(waiting: Waiting, key: tuple[int, int]) -> bool:
 
 
 class Barrier:
-    """One look at a time, at the caller's pace."""
+    """One look at a time, at the caller's pace. What follows from a declaration is the relay's to ring."""
 
-    def __init__(self, pool: Pool, bell: Bell, *, margin: float) -> None:
+    def __init__(self, pool: Pool, *, margin: float) -> None:
         """`margin` in seconds, as in `Clocks`."""
         self._pool = pool
-        self._bell = bell
         self._clocks = Clocks(margin)
 
     def look(self) -> bool:
-        """Declare what can be declared; returns whether a floor is still waited for."""
+        """Declare what can be declared, end what has run out; returns whether a floor is still waited for."""
         with transaction(self._pool) as connection:
             started, waiting, leases = barrier.look(connection)
         now = boottime()  # after the reads: what was read was committed before it
@@ -105,25 +106,28 @@ class Barrier:
         clocks.saw_postmaster(started, now)
         clocks.saw_leases(leases, now)
         clocks.saw_floors(waiting, now)
-        return [self._declare(each, leases, now) for each in waiting].count(False) > 0
+        declared = [self._declare(each, leases, now) for each in waiting]
+        self._end_silent(leases, now)
+        return False in declared
 
-    def end_silent(self) -> int:
-        """End processes whose lease ran out, so that the next deactivation need not wait for them; returns how many."""
-        now, ended = boottime(), 0
-        with transaction(self._pool) as connection:
-            for lease in barrier.list_leases(connection):
-                seen = self._clocks.processes.get(lease.process_id)
-                if seen and seen.beats == lease.beats and self._clocks.is_expired(lease, 0, now):
-                    barrier.end_leases(connection, [lease.process_id], model_id=lease.model_id, floor=lease.covers)
-                    ended += 1
-        return ended
+    def _end_silent(self, leases: list[LeaseRow], now: float) -> None:
+        """End processes whose lease ran out, so that the next deactivation need not wait for them."""
+        silent: dict[int, dict[UUID, int]] = {}
+        for lease in leases:
+            if self._clocks.is_silent(lease, now):
+                silent.setdefault(lease.model_id, {})[lease.process_id] = lease.beats
+        for model_id, expired in silent.items():
+            with transaction(self._pool) as connection:
+                ended = barrier.end_expired(connection, model_id, expired)
+            if ended:
+                log.warning("barrier.fenced", model_id=model_id, processes=len(ended))
 
     def _declare(self, waiting: Waiting, leases: list[LeaseRow], now: float) -> bool:
         """Declare the highest floor that nobody lags behind; False when the newest is not declared yet."""
         mine = [lease for lease in leases if lease.model_id == waiting.model_id]
         floors = sorted((f for m, f in self._clocks.floors if m == waiting.model_id), reverse=True)
         for floor in floors:
-            expired = frozenset(lease.process_id for lease in mine if self._clocks.is_expired(lease, floor, now))
+            expired = {lease.process_id: lease.beats for lease in mine if self._clocks.is_expired(lease, floor, now)}
             lagging = [lease for lease in mine if lease.covers < floor and lease.process_id not in expired]
             timer = self._clocks.floors[waiting.model_id, floor]
             trusted = self._clocks.trusts_acknowledgements(mine, now) or all(
@@ -133,17 +137,12 @@ class Barrier:
                 return floor == waiting.floor
         return False
 
-    def _commit(self, model_id: int, floor: int, expired: frozenset[UUID]) -> bool:
+    def _commit(self, model_id: int, floor: int, expired: dict[UUID, int]) -> bool:
         def step() -> barrier.Declared | None:
             with transaction(self._pool) as connection:
                 return barrier.declare(connection, model_id, floor, expired=expired)
 
         declared = retrying(step)
-        if declared is None:
-            return False
-        for request_id in declared.requests:
-            self._bell.ring("target.erase", str(request_id), model_id)
-        self._bell.ring("model.rebuild", model_id)
-        if declared.fenced:
+        if declared is not None and declared.fenced:
             log.warning("barrier.fenced", model_id=model_id, floor=floor, processes=declared.fenced)
-        return True
+        return declared is not None

@@ -25,7 +25,7 @@ REWRITES = 8
 
 
 class CellBusyError(Exception):
-    """A cell changed under every rewrite; the target stays `erasing` and is tried again."""
+    """A cell changed under a rewrite; if it does so each time, the target stays `erasing` and is tried again."""
 
 
 def erase_target(context: Context, request_id: UUID, model_id: int) -> bool:
@@ -45,11 +45,11 @@ def erase_target(context: Context, request_id: UUID, model_id: int) -> bool:
     for each in doomed:
         destroy(context.pool, context.artifacts, each, request_id=request_id, model_id=model_id)
     with transaction(context.pool) as connection:
-        open_cells = erasure.list_cells(connection, request_id)
+        open_cells = erasure.list_cells(connection, request_id, model_id)
     for cell_id in open_cells:
         _erase_cell(context, cell_id, request_id)
     with transaction(context.pool) as connection:
-        replaced = erasure.list_doomed_payloads(connection, request_id)
+        replaced = erasure.list_doomed_payloads(connection, request_id, model_id)
     for each in replaced:
         destroy(context.pool, context.artifacts, each, request_id=request_id, model_id=model_id)
     with transaction(context.pool) as connection:
@@ -146,7 +146,10 @@ def _erase_cell(context: Context, cell_id: int, request_id: UUID) -> None:
             out = erasure.list_erasable(connection, cell_id)
         if not out:
             return
-        written = _write_without(context, cell, out)
+        try:
+            written = _write_without(context, cell, out)
+        except CellBusyError:
+            continue
         if _swap(context.pool, cell, written, out, request_id):
             return
         if written:
@@ -164,6 +167,8 @@ def _write_without(context: Context, cell: Cell, out: set[UUID]) -> str | None:
     data = payloads.encode(kept)
     name = payloads.object_name(sha256_hex(data))
     with transaction(context.pool) as connection:
+        if not cells.share_unchanged(connection, cell):
+            raise CellBusyError
         objects.insert_writing(
             connection, name, kind="cell", cell_id=cell.cell_id, digest=sha256_hex(data), size=len(data)
         )
@@ -192,7 +197,7 @@ def _swap(pool: Pool, cell: Cell, written: str | None, out: set[UUID], request_i
                 rows=len(manifest.commitments),
                 records=len(out),
             )
-            objects.doom(connection, [cell.object_name] if cell.object_name else [], request_id=request_id)
+            objects.doom_replaced(connection, cell.cell_id, kept=written, request_id=request_id)
             return True
 
     return retrying(step)

@@ -69,6 +69,12 @@ def write(
     return [name]
 
 
+def forget() -> None:
+    """Let go of the engine whose stages were evaluated last."""
+    _skeleton.cache_clear()
+    _prepared.cache_clear()
+
+
 @lru_cache(maxsize=1)
 def _skeleton(engine: S3T, device: str) -> Skeleton:
     """The serving code over the engine's own backbone weights."""

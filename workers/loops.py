@@ -70,14 +70,13 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    barrier = Barrier(chosen.pool, chosen.bell, margin=chosen.settings.lease_margin_ms / 1000)
+    barrier = Barrier(chosen.pool, margin=chosen.settings.lease_margin_ms / 1000)
     relay = Relay(chosen.pool, chosen.bell)
     reaper = Reaper(chosen.pool, chosen.artifacts, job_attempts=chosen.settings.job_attempts)
     loops = [
         threading.Thread(target=watch, args=(stop, chosen, barrier)),
         threading.Thread(target=every, args=(stop, "relay", RELAY_SECONDS, relay.look)),
         threading.Thread(target=every, args=(stop, "reaper", REAPER_SECONDS, reaper.look)),
-        threading.Thread(target=every, args=(stop, "silent", REAPER_SECONDS, barrier.end_silent)),
     ]
     for loop in loops:
         loop.start()

@@ -11,7 +11,10 @@ QUIET_SECONDS = 2.0
 
 
 class Relay:
-    """One look at a time, at the caller's pace; any number of relays may run."""
+    """One look at a time, at the caller's pace; any number of relays may run.
+
+    A queue that has not been emptied since the last round is not filled further.
+    """
 
     def __init__(self, pool: Pool, bell: Bell) -> None:
         """Rings `bell` for what `pool`'s tables say is waiting."""
@@ -33,8 +36,9 @@ class Relay:
         now = time.monotonic()
         self._rung = {key: at for key, at in self._rung.items() if now - at < QUIET_SECONDS}
         rung = 0
+        busy = any(task != "targets.plan" for task, _ in waiting) and self._bell.waiting("default") > 0
         for task, ids in waiting:
-            if task == "targets.plan" or (task, ids) not in self._rung:
+            if task == "targets.plan" or not (busy or (task, ids) in self._rung):
                 self._bell.ring(task, *ids)
                 self._rung[task, ids] = now
                 rung += 1

@@ -32,7 +32,7 @@ class _TooSoonError(Exception):
 
 
 class _OverdueError(Exception):
-    """A received target waits for so long that earlier planners must have died on it."""
+    """Received targets wait for so long that earlier planners may have died on them; the argument names them."""
 
 
 def plan_targets(context: Context, model_id: int) -> int:
@@ -52,15 +52,15 @@ def plan_targets(context: Context, model_id: int) -> int:
             return retrying(step)
         except _TooSoonError as wait:
             time.sleep(wait.args[0])
-        except _OverdueError:
-            _drop_hopeless(context, model_id)
+        except _OverdueError as overdue:
+            _drop_hopeless(context, model_id, overdue.args[0])
             counted = True
 
 
-def _drop_hopeless(context: Context, model_id: int) -> None:
+def _drop_hopeless(context: Context, model_id: int, request_ids: list[UUID]) -> None:
     """Count an attempt of overdue targets before the work, so that one that kills its planner fails in the end."""
     with transaction(context.pool) as connection:
-        for overdue in targets.raise_overdue(connection, model_id):
+        for overdue in targets.raise_overdue(connection, model_id, request_ids):
             if overdue.attempts > context.settings.target_attempts:
                 _fail(connection, overdue.request_id, model_id, State.RECEIVED, "PlannerDied", overdue.attempts)
 
@@ -72,8 +72,9 @@ def _plan(connection: Connection, model_id: int, *, counted: bool) -> int:
     claimed = targets.claim_received(connection, model_id)
     if not claimed:
         return 0
-    if not counted and any(one.overdue for one in claimed):
-        raise _OverdueError
+    overdue = [one.request_id for one in claimed if one.overdue]
+    if overdue and not counted:
+        raise _OverdueError(overdue)
     try:
         with connection.transaction():
             _deactivate(connection, model, claimed)
@@ -115,7 +116,8 @@ def _deactivate_in_pipeline(connection: Connection, model: Model, claimed: list[
         _complete_unmatched(connection, model, unmatched)
     if not matched:
         return
-    targets.insert_tombstones(connection, places)
+    fresh = targets.insert_tombstones(connection, places)
+    targets.insert_targets(connection, model.dataset_id, matched)
     targets.insert_do_not_train(connection, model.dataset_id, matched)
     found = publish.candidate(connection, model)
     for key in jobs.cancel(connection, found.tainted):
@@ -124,8 +126,10 @@ def _deactivate_in_pipeline(connection: Connection, model: Model, claimed: list[
     touched = stages.list_touched_by(connection, held, matched)
     tainted = {request_id: sorted(plan.tainted(held.values(), touched[request_id])) for request_id in matched}
     version = model.floor
-    # A floor below the version lets an older, tainted one be served, though the newest is clean.
-    if model.version > 0 and (found.assembly.digest != found.served or model.floor < model.version):
+    # The same assembly needs a new version, too, where the floor lets an older one be served, or where replicas hold
+    # weights in reserve that have just become tainted and must leave their memory.
+    changed = found.assembly.digest != found.served or model.floor < model.version or (fresh and found.reserve)
+    if model.version > 0 and changed:
         version = publish.publish(connection, model, found, cause="deactivate")
     models.mark_rebuild_wanted(connection, model.model_id)
     _freeze_plans(connection, model, version, places, tainted)
@@ -186,17 +190,31 @@ def rebuild_model(context: Context, model_id: int) -> int:
         with transaction(context.pool) as connection:
             return _queue_missing(connection, model_id)
 
+    _seal(context, model_id)
     queued = retrying(step)
     if queued:
         context.bell.ring("stages.train")
     return queued
 
 
+def _seal(context: Context, model_id: int) -> None:
+    """Give cells with sealed records their next manifest, one by one and without the model's lock.
+
+    Hashing a large cell takes longer than a heartbeat may wait.
+    """
+    with transaction(context.pool) as connection:
+        sealed = cells.list_sealed(connection, models.get_model_by_id(connection, model_id).dataset_id)
+    for cell_id in sealed:
+        with transaction(context.pool) as connection:
+            for cell in cells.lock_cells(connection, [cell_id]):
+                if cells.is_sealed(connection, cell):
+                    cells.advance(connection, cell, object_name=cell.object_name)
+
+
 def _queue_missing(connection: Connection, model_id: int) -> int:
     model = models.lock_model(connection, model_id)
-    sealed = cells.list_sealed(connection, model.dataset_id)
-    for cell in cells.lock_cells(connection, sealed):
-        cells.advance(connection, cell, object_name=cell.object_name)
+    if cells.list_sealed(connection, model.dataset_id):
+        return 0  # a deletion came between: `rebuild_wanted` stands, and the relay rings again
     recipe = model.parsed_recipe
     grid = cells.list_grid(connection, model.dataset_id)
     open_stages = stages.list_open(connection, model_id, model.recipe_digest)

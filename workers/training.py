@@ -1,9 +1,10 @@
 """Training of queued stages: claim under a token, train, publish only what is still clean (protocol.md section 4)."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import structlog
 
@@ -27,6 +28,8 @@ from workers.context import Context
 log = structlog.get_logger()
 
 BEAT_SECONDS = 2.0
+FORGET_SECONDS = 30.0
+"""How often a long job looks for features of records that were deleted meanwhile."""
 
 
 class CancelledError(Exception):
@@ -40,7 +43,8 @@ class RefusedError(Exception):
 def train_queued(context: Context) -> int:
     """Train jobs until none can be taken; returns how many stages were published.
 
-    A child of the stage just trained is preferred: its features are in this process's memory. They leave it at the end.
+    A child of the stage just trained is preferred: its features are in this process's memory. They and the weights
+    leave it at the end, and when another model's turn comes.
     """
     trained, after = 0, None
     engine: S3T | None = None
@@ -50,14 +54,23 @@ def train_queued(context: Context) -> int:
                 job = jobs.claim_job(connection, after=after)
             if job is None:
                 return trained
+            before = engine
             engine, published = _attempt(context, job)
+            if before is not None and before is not engine:
+                _forget(before)
             trained += published
             after = job.stage_key if published else None
             context.bell.ring("stages.train")  # a sibling may have become free for another worker
             _publish_when_last(context, job.model_id)
     finally:
         if engine is not None:
-            engine.trunk.clear()
+            _forget(engine)
+
+
+def _forget(engine: S3T) -> None:
+    """Nothing of a stage or a record outlives its erasure in an idle trainer's memory."""
+    engine.clear()
+    evaluation.forget()
 
 
 def _publish_when_last(context: Context, model_id: int) -> None:
@@ -75,13 +88,12 @@ def _attempt(context: Context, job: Job) -> tuple[S3T | None, bool]:
         with transaction(context.pool) as connection:
             model = models.get_model_by_id(connection, job.model_id)
         engine = _engine(model.recipe_digest, context.settings.device, model.parsed_recipe)
-        with transaction(context.pool) as connection:  # features of records deleted since the last stage go now
-            engine.trunk.forget(records.list_tombstoned(connection, engine.trunk.record_ids))
+        _forget_deleted(context, engine, keep=set())
         _train(context, engine, model, job)
     except CancelledError:
         log.info("stage.cancelled", stage=job.stage_key)
         if engine is not None:
-            engine.trunk.clear()
+            engine.clear()
         return engine, False
     except RefusedError as refusal:
         error = str(refusal)
@@ -123,9 +135,15 @@ def _train(context: Context, engine: S3T, model: Model, job: Job) -> None:
     with _Beat(context, job) as alive:
         stage, rows, parents = _inputs(context, model, job)
 
+        looked, own = time.monotonic(), {record.record_id for record in rows}
+
         def progress(_done: int, _total: int) -> None:
+            nonlocal looked
             if not alive():
                 raise CancelledError
+            if time.monotonic() - looked > FORGET_SECONDS:
+                looked = time.monotonic()
+                _forget_deleted(context, engine, keep=own)
 
         data = engine.train(stage, rows, parents, progress)
         name = f"stages/{stage.key}/{sha256_hex(data)}/{uuid4()}.safetensors"
@@ -134,6 +152,13 @@ def _train(context: Context, engine: S3T, model: Model, job: Job) -> None:
         _write(context, job, name, data, kind="stage", parent=parent, platform=platform)
         names = [name, *evaluation.write(context, engine, model, job, stage, [*parents, data], platform)]
         _publish(context, model, job, stage, sha256_hex(data), names, platform)
+
+
+def _forget_deleted(context: Context, engine: S3T, *, keep: set[UUID]) -> None:
+    """Drop features of records that were deleted; those to `keep` are in use, and cancel their job if deleted."""
+    held = [record_id for record_id in engine.trunk.record_ids if record_id not in keep]
+    with transaction(context.pool) as connection:
+        engine.trunk.forget(records.list_tombstoned(connection, held))
 
 
 def _inputs(context: Context, model: Model, job: Job) -> tuple[Stage, list[Record], list[bytes]]:

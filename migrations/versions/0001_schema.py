@@ -114,7 +114,7 @@ CREATE TABLE deletion_request (
     subject_id uuid REFERENCES subject,  -- NULL: no such subject, or a request by record ids
     subject_commitment bytea NOT NULL CHECK (octet_length(subject_commitment) = 32),
     regime text CHECK (regime IN ('gdpr', 'ccpa', 'voluntary')),
-    reference text CHECK (length(reference) <= 200),
+    reference text CHECK (reference ~ '^[A-Za-z0-9._:/#-]{1,200}$'),  -- the caller's ticket: no room for a name
     received_at timestamptz NOT NULL,
     due_at timestamptz NOT NULL CHECK (due_at > received_at),
     created_at timestamptz NOT NULL DEFAULT now(),
@@ -129,6 +129,9 @@ CREATE TABLE deletion_request_record (
     record_id uuid NOT NULL,
     PRIMARY KEY (request_id, record_id)
 );
+CREATE INDEX deletion_request_record_record ON deletion_request_record (record_id);
+CREATE INDEX deletion_request_open ON deletion_request (received_at)
+    WHERE state NOT IN ('completed', 'rejected', 'revoked', 'expired', 'duplicate', 'lifted');
 
 CREATE TABLE idempotency_key (
     api_key text NOT NULL REFERENCES api_key,
@@ -156,6 +159,7 @@ CREATE TABLE tombstone (
 );
 -- A clean stage meets only the few with removed > g.
 CREATE INDEX tombstone_cell ON tombstone (cell_id, removed);
+CREATE INDEX tombstone_sealed ON tombstone (dataset_id, cell_id) WHERE removed IS NULL AND lifted_at IS NULL;
 CREATE INDEX tombstone_request ON tombstone (request_id);
 
 CREATE TABLE do_not_train (
@@ -261,6 +265,8 @@ CREATE TABLE artifact (
 -- Two digests under one key and fingerprint would mean that retrain-equal is broken (design.md 2.7).
 CREATE UNIQUE INDEX artifact_stage_live ON artifact (stage_key, kind, fingerprint) WHERE state = 'live';
 CREATE INDEX artifact_stage ON artifact (stage_key) WHERE stage_key IS NOT NULL;
+CREATE INDEX artifact_held ON artifact (stage_key, kind, state) WHERE stage_key IS NOT NULL AND state <> 'destroyed';
+CREATE INDEX artifact_sweep ON artifact (destroyed_at) WHERE state = 'destroyed' AND sweeps < 3;
 CREATE INDEX artifact_cell ON artifact (cell_id) WHERE cell_id IS NOT NULL;
 CREATE INDEX artifact_open ON artifact (state, created_at) WHERE state IN ('writing', 'doomed');
 
@@ -287,7 +293,7 @@ CREATE TABLE lease (
     freed bigint NOT NULL,   -- lowest version whose weights it may still hold in memory
     ttl_ms int NOT NULL CHECK (ttl_ms > 0),
     beats bigint NOT NULL DEFAULT 0,
-    started_at timestamptz NOT NULL DEFAULT now(),
+    started_at timestamptz NOT NULL DEFAULT clock_timestamp(),  -- under the model's lock: after any declaration
     ended_at timestamptz,
     freed_at timestamptz
 );
@@ -339,6 +345,7 @@ CREATE TABLE event_pending (
 );
 CREATE INDEX event_pending_request ON event_pending (request_id, id) WHERE request_id IS NOT NULL;
 CREATE INDEX event_pending_model ON event_pending (model_id, id);
+CREATE INDEX event_pending_process ON event_pending ((body ->> 'process_id')) WHERE kind LIKE 'replica.%';
 """
 
 GRANTS = """

@@ -11,6 +11,8 @@ from service.domain.requests import Kind, Regime
 from service.store.subjects import TYPE_PATTERN, VALUE_LIMIT, normalise
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+REFERENCE = r"^[A-Za-z0-9._:/#-]+$"
+"""A ticket number: no spaces and no @, so no room for a name or an address."""
 PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
@@ -103,7 +105,7 @@ class NewRequest(About):
     """Sets the due date; without one GDPR's month applies, the strictest."""
     received_at: AwareDatetime | None = None
     """When the subject asked, with its time zone; default now."""
-    reference: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=PRINTABLE)] | None = None
+    reference: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=REFERENCE)] | None = None
     """The caller's ticket number. Kept in clear: never put a name or an address here."""
 
     @model_validator(mode="after")

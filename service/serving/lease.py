@@ -13,8 +13,9 @@ from service.logs import get_logger
 from service.serving.metrics import ServingMetrics
 from service.serving.replica import Replica, boottime
 from service.serving.weights import Weights
-from service.store import leases
+from service.store import leases, models, objects
 from service.store.database import Connection, connect
+from service.store.objects import Object
 from shards.errors import ShardsError
 
 IDLE_POLL = 5.0
@@ -217,7 +218,13 @@ class Lease:
     def _load(self, connection: Connection) -> bool:
         target = leases.get_target(connection, self.replica.model_id)
         clean = leases.list_clean_artifacts(connection, self.replica.model_id)  # after the target: see `maintain`
-        return self._weights.maintain(target, clean, lambda: self._stop.is_set() or self._wake.is_set())
+        done = self._weights.maintain(target, clean, lambda: self._stop.is_set() or self._wake.is_set())
+        while self._weights.damaged:  # unusable from now on, and to be trained again (rule 20)
+            stage = self._weights.damaged.pop()
+            with connection.transaction():
+                objects.mark_lost(connection, Object(stage.object_name, stage.digest, stage.stage_key, None))
+                models.mark_rebuild_wanted(connection, self.replica.model_id)
+        return done
 
 
 def _close(connection: Connection | None) -> None:

@@ -43,6 +43,10 @@ class Weights:
         self._dying: list[weakref.ref[Any]] = []
         self._dying_since = 0.0
         self._kept = 0
+        self._unusable: dict[str, str] = {}
+        """Why an artefact could not be loaded when it was last tried, by digest."""
+        self.damaged: list[StageObject] = []
+        """Stages whose object turned out missing or altered; for the caller to report."""
         self.freed = 0
         """Below this version no weights are in memory any more."""
 
@@ -115,8 +119,9 @@ class Weights:
             predictor, live = pointer.predictor, pointer.live
         else:
             assembly = Assembly.from_json(target.body)
-            if not _digests(assembly) <= engine.held():
-                return self._cannot(target, "artefacts of the newest version are still being loaded")
+            if missing := _digests(assembly) - engine.held():
+                known = [self._unusable[digest] for digest in sorted(missing & self._unusable.keys())]
+                return self._cannot(target, known[0] if known else "its artefacts are still being loaded")
             try:
                 predictor = engine.build(assembly)
             except ShardsError as error:
@@ -147,10 +152,13 @@ class Weights:
                 return False
             try:
                 engine.load(stage.digest, self._get(stage.object_name))
+                self._unusable.pop(stage.digest, None)
             except (ArtifactDigestError, ArtifactMissingError, OSError) as error:
                 complete = False
+                if not isinstance(error, OSError):  # a store that is away has lost nothing
+                    self.damaged.append(stage)
                 reason = type(error).__name__
-                self._replica.problem = (
+                self._unusable[stage.digest] = self._replica.problem = (
                     f"artefact {stage.digest[:12]} of stage {stage.stage_key[:12]} cannot be loaded: {reason}"
                 )
                 self._metrics.load_failures.labels(self._replica.model, reason).inc()

@@ -29,9 +29,10 @@ ORDER BY process_id
 FOR UPDATE
 """
 END_LEASES: LiteralString = """
-UPDATE lease SET ended_at = clock_timestamp()
-WHERE process_id = ANY(%(process_ids)s::uuid[]) AND ended_at IS NULL
-RETURNING process_id
+UPDATE lease l SET ended_at = clock_timestamp()
+FROM unnest(%(process_ids)s::uuid[], %(beats)s::bigint[]) q (process_id, beats)
+WHERE l.process_id = q.process_id AND l.beats = q.beats AND l.ended_at IS NULL
+RETURNING l.process_id
 """
 MARK_CLEARED: LiteralString = """
 UPDATE model SET cleared = %(floor)s::bigint WHERE model_id = %(model_id)s::bigint AND cleared < %(floor)s::bigint
@@ -86,35 +87,37 @@ def look(connection: Connection) -> tuple[datetime, list[Waiting], list[LeaseRow
         return first.fetchall()[0][0], second.fetchall(), third.fetchall()
 
 
-def list_leases(connection: Connection) -> list[LeaseRow]:
-    """Processes that have not ended."""
-    with connection.cursor(row_factory=class_row(LeaseRow)) as cursor:
-        return cursor.execute(LIST_LEASES).fetchall()
-
-
 def all_freed(connection: Connection, model_id: int, version: int) -> bool:
     """Whether every process that runs has dropped the weights that only versions below `version` used."""
     with connection.cursor(row_factory=scalar_row) as cursor:
         return bool(cursor.execute(ALL_FREED, {"model_id": model_id, "version": version}).fetchone())
 
 
-def declare(connection: Connection, model_id: int, floor: int, *, expired: frozenset[UUID]) -> Declared | None:
+def declare(connection: Connection, model_id: int, floor: int, *, expired: dict[UUID, int]) -> Declared | None:
     """Clear `floor`, unless a process that is not in `expired` lags behind it (then None, nothing changed).
 
-    `expired` are processes whose lease has run out on the caller's own monotonic clock; those that lag are ended.
+    `expired` are processes whose lease has run out on the caller's own monotonic clock, with the heartbeats they had
+    sent by then; those that lag and have not renewed since are ended.
     """
     with connection.pipeline():
         return _declare(connection, model_id, floor, expired)
 
 
-def _declare(connection: Connection, model_id: int, floor: int, expired: frozenset[UUID]) -> Declared | None:
+def end_expired(connection: Connection, model_id: int, expired: dict[UUID, int]) -> list[UUID]:
+    """End processes whose lease has run out, under the model's lock, so that no heartbeat renews one meanwhile."""
+    model = models.lock_model(connection, model_id)
+    return _end(connection, expired, model_id=model_id, floor=model.floor)
+
+
+def _declare(connection: Connection, model_id: int, floor: int, expired: dict[UUID, int]) -> Declared | None:
     model = models.lock_model(connection, model_id)
     with connection.cursor(row_factory=class_row(LeaseRow)) as cursor:
         leases = cursor.execute(LOCK_LEASES, {"model_id": model_id}).fetchall()
-    lagging = [lease.process_id for lease in leases if lease.covers < floor]
-    if any(process_id not in expired for process_id in lagging):
+    lagging = {lease.process_id: lease.beats for lease in leases if lease.covers < floor}
+    if any(expired.get(process_id) != beats for process_id, beats in lagging.items()):
         return None
-    end_leases(connection, lagging, model_id=model_id, floor=floor)
+    if lagging:
+        _end(connection, lagging, model_id=model_id, floor=floor)
     if model.cleared < floor:
         connection.execute(MARK_CLEARED, {"model_id": model_id, "floor": floor})
         events.append(
@@ -131,11 +134,11 @@ def _declare(connection: Connection, model_id: int, floor: int, expired: frozens
     return Declared(done, len(lagging))
 
 
-def end_leases(connection: Connection, process_ids: list[UUID], *, model_id: int, floor: int) -> None:
+def _end(connection: Connection, expired: dict[UUID, int], *, model_id: int, floor: int) -> list[UUID]:
     """Mark processes as ended: their heartbeats are refused from now on, and they exit (rule 11)."""
-    if not process_ids:
-        return
+    values = {"process_ids": list(expired), "beats": list(expired.values())}
     with connection.cursor(row_factory=scalar_row) as cursor:
-        ended = cursor.execute(END_LEASES, {"process_ids": process_ids}).fetchall()
+        ended: list[UUID] = cursor.execute(END_LEASES, values).fetchall()
     for process_id in ended:
         events.append(connection, EventKind.REPLICA_FENCED, model_id=model_id, process_id=str(process_id), floor=floor)
+    return ended

@@ -137,6 +137,11 @@ def list_sealed(connection: Connection, dataset_id: UUID) -> list[int]:
         return cursor.execute(LIST_SEALED, {"dataset_id": dataset_id}).fetchall()
 
 
+def is_sealed(connection: Connection, cell: Cell) -> bool:
+    """Whether the cell's newest manifest still holds a record with an open tombstone."""
+    return cell.cell_id in list_sealed(connection, cell.dataset_id)
+
+
 def lock_cells(connection: Connection, cell_ids: Iterable[int]) -> list[Cell]:
     """Lock cells in id order and read them."""
     with connection.cursor(row_factory=class_row(Cell)) as cursor:
@@ -151,6 +156,16 @@ def share_cells(connection: Connection, cell_ids: Iterable[int]) -> None:
 def hold_cells(connection: Connection, cell_ids: Iterable[int]) -> None:
     """Lock cells in id order without reading them."""
     connection.execute(LOCK, {"cell_ids": sorted(set(cell_ids))})
+
+
+def share_unchanged(connection: Connection, cell: Cell) -> bool:
+    """Lock a cell FOR SHARE and compare it with what was read.
+
+    The row of a file built from it goes into the same transaction. So every file that may hold a payload has a row
+    that is older than the payload's erasure, and erasure waits for it.
+    """
+    share_cells(connection, [cell.cell_id])
+    return get_cell(connection, cell.cell_id) == cell
 
 
 def list_active(connection: Connection, cell_id: int, generation: int) -> set[UUID]:

@@ -10,19 +10,32 @@ from service.store import targets
 from service.store.database import Connection
 from service.store.objects import Object
 
-MAY_ERASE: LiteralString = """
-SELECT m.erase_after + t.deactivated_at <= clock_timestamp()
-   AND r.kind = 'erase'
-   AND NOT EXISTS (
-       SELECT FROM deletion_request_record q
-       JOIN record_subject s ON s.record_id = q.record_id
-       JOIN hold h ON h.subject_id = s.subject_id AND h.released_at IS NULL
-       WHERE q.request_id = t.request_id)
+UNHINDERED: LiteralString = """
+    m.erase_after + t.deactivated_at <= clock_timestamp()
+    AND NOT EXISTS (
+        SELECT FROM deletion_request_record q
+        JOIN record c ON c.record_id = q.record_id AND c.dataset_id = m.dataset_id
+        JOIN record_subject s ON s.record_id = q.record_id
+        JOIN hold h ON h.subject_id = s.subject_id AND h.released_at IS NULL
+        WHERE q.request_id = t.request_id)
+    AND NOT EXISTS (  -- payloads are shared: another model's time to revoke is kept too
+        SELECT FROM request_target o
+        JOIN model n ON n.model_id = o.model_id AND n.dataset_id = m.dataset_id AND n.erase_after > interval '0'
+        WHERE o.request_id = t.request_id AND o.state IN ('received', 'deactivating', 'deactivated')
+          AND (o.deactivated_at IS NULL OR o.deactivated_at + n.erase_after > clock_timestamp()))
+"""
+"""What must hold before a target `t` of model `m` is erased."""
+MAY_ERASE: LiteralString = (
+    """
+SELECT r.kind = 'erase' AND """
+    + UNHINDERED
+    + """
 FROM request_target t
 JOIN model m ON m.model_id = t.model_id
 JOIN deletion_request r ON r.request_id = t.request_id
 WHERE t.request_id = %(request_id)s::uuid AND t.model_id = %(model_id)s::bigint
 """
+)
 MARK_ERASING: LiteralString = """
 UPDATE request_target SET state = 'erasing'
 WHERE request_id = %(request_id)s::uuid AND model_id = %(model_id)s::bigint AND state = 'deactivated'
@@ -31,6 +44,7 @@ LIST_CELLS: LiteralString = """
 SELECT DISTINCT t.cell_id
 FROM deletion_request_record q
 JOIN tombstone t ON t.record_id = q.record_id
+JOIN model m ON m.model_id = %(model_id)s::bigint AND m.dataset_id = t.dataset_id
 WHERE q.request_id = %(request_id)s::uuid AND t.erased_at IS NULL AND t.lifted_at IS NULL
 ORDER BY t.cell_id
 """
@@ -38,6 +52,7 @@ LIST_DOOMED_PAYLOADS: LiteralString = """
 SELECT DISTINCT a.object_name, a.digest, a.stage_key, a.cell_id
 FROM deletion_request_record q
 JOIN tombstone t ON t.record_id = q.record_id
+JOIN model m ON m.model_id = %(model_id)s::bigint AND m.dataset_id = t.dataset_id
 JOIN artifact a ON a.cell_id = t.cell_id AND a.state = 'doomed'
 WHERE q.request_id = %(request_id)s::uuid
 """
@@ -48,6 +63,7 @@ WHERE t.cell_id = %(cell_id)s::bigint AND t.erased_at IS NULL AND t.lifted_at IS
   AND EXISTS (
       SELECT FROM deletion_request_record q
       JOIN request_target g ON g.request_id = q.request_id AND g.state = 'erasing'
+      JOIN model m ON m.model_id = g.model_id AND m.dataset_id = t.dataset_id
       WHERE q.record_id = t.record_id)
   AND NOT EXISTS (
       SELECT FROM record_subject s
@@ -67,10 +83,12 @@ WHERE t.request_id = %(request_id)s::uuid AND t.model_id = %(model_id)s::bigint 
   AND NOT EXISTS (
       SELECT FROM deletion_request_record q
       JOIN tombstone b ON b.record_id = q.record_id
+      JOIN model m ON m.model_id = t.model_id AND m.dataset_id = b.dataset_id
       WHERE q.request_id = t.request_id AND b.erased_at IS NULL AND b.lifted_at IS NULL)
   AND NOT EXISTS (  -- an older file of such a cell, or one that an ingestion is writing, may hold the payload still
       SELECT FROM deletion_request_record q
       JOIN tombstone b ON b.record_id = q.record_id
+      JOIN model m ON m.model_id = t.model_id AND m.dataset_id = b.dataset_id
       JOIN artifact a ON a.cell_id = b.cell_id AND a.state IN ('writing', 'doomed') AND a.created_at <= b.erased_at
       WHERE q.request_id = t.request_id)
   AND NOT EXISTS (
@@ -81,7 +99,7 @@ RETURNING t.request_id
 
 
 def may_erase(connection: Connection, request_id: UUID, model_id: int) -> bool:
-    """Whether `erase_after` has passed and no hold stands on any subject of the request's records."""
+    """Whether every `erase_after` has passed and no hold stands on a subject of the request's records."""
     with connection.cursor(row_factory=scalar_row) as cursor:
         return bool(cursor.execute(MAY_ERASE, {"request_id": request_id, "model_id": model_id}).fetchone())
 
@@ -92,16 +110,16 @@ def mark_erasing(connection: Connection, request_id: UUID, model_id: int) -> Non
     targets.refresh_requests(connection, [request_id])
 
 
-def list_cells(connection: Connection, request_id: UUID) -> list[int]:
-    """Cells that still hold payloads of the request's records."""
+def list_cells(connection: Connection, request_id: UUID, model_id: int) -> list[int]:
+    """Cells of the model's dataset that still hold payloads of the request's records."""
     with connection.cursor(row_factory=scalar_row) as cursor:
-        return cursor.execute(LIST_CELLS, {"request_id": request_id}).fetchall()
+        return cursor.execute(LIST_CELLS, {"request_id": request_id, "model_id": model_id}).fetchall()
 
 
-def list_doomed_payloads(connection: Connection, request_id: UUID) -> list[Object]:
+def list_doomed_payloads(connection: Connection, request_id: UUID, model_id: int) -> list[Object]:
     """Files, replaced or given up, of the cells that the request's records lay in."""
     with connection.cursor(row_factory=class_row(Object)) as cursor:
-        return cursor.execute(LIST_DOOMED_PAYLOADS, {"request_id": request_id}).fetchall()
+        return cursor.execute(LIST_DOOMED_PAYLOADS, {"request_id": request_id, "model_id": model_id}).fetchall()
 
 
 def list_erasable(connection: Connection, cell_id: int) -> set[UUID]:

@@ -39,13 +39,16 @@ JOIN cell_manifest m ON m.cell_id = t.cell_id AND t.added <= m.generation AND m.
 WHERE q.request_id = %(request_id)s::uuid AND t.dataset_id = %(dataset_id)s::uuid
 """
 LIST_CELLS: LiteralString = """
-SELECT DISTINCT c.shard, c.slice, b.root AS before, a.root AS after
-FROM deletion_request_record q
-JOIN tombstone t ON t.record_id = q.record_id
-JOIN cell c ON c.cell_id = t.cell_id
-JOIN cell_manifest b ON b.cell_id = t.cell_id AND b.generation = t.removed - 1
-JOIN cell_manifest a ON a.cell_id = t.cell_id AND a.generation = t.removed
-WHERE q.request_id = %(request_id)s::uuid AND t.dataset_id = %(dataset_id)s::uuid
+SELECT c.shard, c.slice, b.root AS before, a.root AS after
+FROM (
+    SELECT t.cell_id, max(t.removed) AS removed  -- when the last of the request's records left the cell
+    FROM deletion_request_record q
+    JOIN tombstone t ON t.record_id = q.record_id
+    WHERE q.request_id = %(request_id)s::uuid AND t.dataset_id = %(dataset_id)s::uuid
+    GROUP BY t.cell_id) l
+JOIN cell c ON c.cell_id = l.cell_id
+JOIN cell_manifest b ON b.cell_id = l.cell_id AND b.generation = l.removed - 1
+JOIN cell_manifest a ON a.cell_id = l.cell_id AND a.generation = l.removed
 """
 LIST_OBJECTS: LiteralString = """
 SELECT a.object_name, a.digest, a.destroyed_at, a.checked_at AS absent_at, a.stage_key,
@@ -77,12 +80,13 @@ ORDER BY l.process_id
 LIST_REPLICA_EVENTS: LiteralString = """
 SELECT id, event_id, kind, request_id, model_id, body, created_at
 FROM event_pending
-WHERE model_id = %(model_id)s::bigint AND kind LIKE 'replica.%%' AND created_at <= %(until)s::timestamptz
+WHERE body ->> 'process_id' = ANY(%(processes)s::text[]) AND kind LIKE 'replica.%%'
+  AND created_at <= %(until)s::timestamptz
 ORDER BY id
 """
 LIST_PLATFORMS: LiteralString = """
 SELECT DISTINCT a.fingerprint FROM artifact a
-WHERE a.digest = ANY(%(digests)s::text[]) AND a.kind = 'stage' AND a.fingerprint IS NOT NULL
+WHERE a.stage_key = ANY(%(stage_keys)s::text[]) AND a.digest = ANY(%(digests)s::text[]) AND a.fingerprint IS NOT NULL
 ORDER BY a.fingerprint
 """
 INSERT_CERTIFICATE: LiteralString = """
@@ -168,7 +172,7 @@ def get_evidence(connection: Connection, request_id: UUID, model_id: int) -> Evi
         payloads=_objects(connection, LIST_PAYLOADS, at),
         times=_times(connection, request, model_id, issued_at),
         replicas=_replicas(connection, model_id, request),
-        platforms=_platforms(connection, assembly),
+        platforms=_platforms(connection, served, assembly),
         tool_version=TOOL_VERSION,
         issued_at=issued_at,
     )
@@ -224,7 +228,9 @@ def _times(connection: Connection, request: _Request, model_id: int, issued_at: 
 def _replicas(connection: Connection, model_id: int, request: _Request) -> tuple[ReplicaRow, ...]:
     """Per process that ran between plan and `deactivated`: how it came to answer from no tainted stage."""
     until = request.deactivated_at
-    values = {"model_id": model_id, "until": until, "since": request.created_at}
+    values: dict[str, Any] = {"model_id": model_id, "until": until, "since": request.created_at}
+    leases = _rows(connection, _Lease, LIST_LEASES, values)
+    values["processes"] = [str(lease.process_id) for lease in leases]
     with connection.cursor(row_factory=class_row(events.Event)) as cursor:
         told = cursor.execute(LIST_REPLICA_EVENTS, values).fetchall()
     how: dict[str, tuple[str, datetime]] = {}
@@ -240,7 +246,6 @@ def _replicas(connection: Connection, model_id: int, request: _Request) -> tuple
                 "fenced_by_expiry" if event.kind == EventKind.REPLICA_FENCED else "ended",
                 event.created_at,
             )
-    leases = _rows(connection, _Lease, LIST_LEASES, values)
     if any(str(lease.process_id) not in how for lease in leases):
         raise EvidenceError("a process ran during the deactivation and no event says what became of it")
     return tuple(
@@ -256,7 +261,9 @@ def _replicas(connection: Connection, model_id: int, request: _Request) -> tuple
     )
 
 
-def _platforms(connection: Connection, assembly: Assembly) -> tuple[str, ...]:
+def _platforms(connection: Connection, served: dict[str, Stage], assembly: Assembly) -> tuple[str, ...]:
     digests = sorted({digest for member in assembly.members if member for digest in member.artifacts})
     with connection.cursor() as cursor:
-        return tuple(str(row[0]) for row in cursor.execute(LIST_PLATFORMS, {"digests": digests}))
+        return tuple(
+            str(row[0]) for row in cursor.execute(LIST_PLATFORMS, {"stage_keys": list(served), "digests": digests})
+        )

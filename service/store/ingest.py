@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID, uuid4
 
+import psycopg
 from psycopg import errors
 
 from service.domain.errors import InvalidInputError, UnavailableError
@@ -103,6 +104,9 @@ def ingest(
         except InvalidInputError:
             _abandon(pool, draft)
             raise
+        except (psycopg.Error, OSError):  # rolled back for certain: a lost COMMIT is an UnavailableError
+            _abandon(pool, draft)
+            raise
         # After a COMMIT whose reply was lost the objects may be live: then only the reaper may decide.
     raise UnavailableError("the cells of this upload kept changing; nothing was kept, send it again")
 
@@ -171,6 +175,8 @@ def _write(pool: Pool, artifacts: LocalArtifacts, part: _Part, erased: set[UUID]
     fresh = [StoredRecord(part.cell.generation + 1, line.record) for line in part.lines]
     data = payloads.encode([*kept, *fresh])
     with transaction(pool) as connection:  # before the first byte (rule 20)
+        if not cells.share_unchanged(connection, part.cell):
+            raise _ChangedError
         objects.insert_writing(
             connection,
             part.name,
@@ -219,8 +225,7 @@ def _advance(connection: Connection, part: _Part) -> int:
     generation, manifest = cells.advance(
         connection, cell, object_name=part.name, added=[line.record.commitment for line in part.lines]
     )
-    if cell.object_name:
-        objects.doom(connection, [cell.object_name])
+    objects.doom_replaced(connection, cell.cell_id, kept=part.name)
     events.append(
         connection,
         EventKind.CELL_INGESTED,

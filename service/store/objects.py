@@ -32,6 +32,11 @@ UPDATE artifact SET state = 'doomed', doomed_at = clock_timestamp()
 WHERE object_name = ANY(%(object_names)s::text[]) AND state IN ('writing', 'live')
 RETURNING object_name, digest, stage_key, cell_id
 """
+DOOM_REPLACED: LiteralString = """
+UPDATE artifact SET state = 'doomed', doomed_at = clock_timestamp()
+WHERE cell_id = %(cell_id)s::bigint AND state IN ('writing', 'live') AND object_name IS DISTINCT FROM %(kept)s::text
+RETURNING object_name, digest, stage_key, cell_id
+"""
 DOOM_STAGES: LiteralString = """
 UPDATE artifact SET state = 'doomed', doomed_at = clock_timestamp()
 WHERE stage_key = ANY(%(stage_keys)s::text[]) AND state IN ('writing', 'live', 'lost')
@@ -57,7 +62,7 @@ RETURNING object_name
 """
 LIST_SWEEPS: LiteralString = """
 SELECT object_name, digest, stage_key, cell_id FROM artifact
-WHERE state = 'destroyed' AND (
+WHERE state = 'destroyed' AND sweeps < 3 AND (
       (sweeps = 0 AND destroyed_at < clock_timestamp() - interval '1 minute')
    OR (sweeps = 1 AND destroyed_at < clock_timestamp() - interval '1 hour')
    OR (sweeps = 2 AND destroyed_at < clock_timestamp() - interval '1 day'))
@@ -135,6 +140,11 @@ def list_live_digests(connection: Connection, stage_key: str, fingerprint: str) 
 def doom(connection: Connection, object_names: Iterable[str], **about: Any) -> list[Object]:
     """Nobody may open these any more; a reaper destroys them if the caller dies."""
     return _doomed(connection, DOOM, {"object_names": list(object_names)}, **about)
+
+
+def doom_replaced(connection: Connection, cell_id: int, *, kept: str | None, **about: Any) -> list[Object]:
+    """Doom every file of a locked cell but the one it points at now: those being written have lost their race."""
+    return _doomed(connection, DOOM_REPLACED, {"cell_id": cell_id, "kept": kept}, **about)
 
 
 def doom_stages(connection: Connection, stage_keys: Iterable[str], **about: Any) -> list[Object]:

@@ -41,6 +41,8 @@ class Candidate:
     """Stages of the model, trained or coming, whose lineage holds a tombstone."""
     served: str | None
     """Digest of the assembly that the newest version serves; None before the first."""
+    reserve: bool
+    """Whether a trained stage is tainted: replicas may hold it, served or not."""
 
 
 def candidate(connection: Connection, model: Model) -> Candidate:
@@ -59,7 +61,13 @@ def candidate(connection: Connection, model: Model) -> Candidate:
         roots,
     )
     served = models.find_served(connection, model.model_id, model.version)
-    return Candidate(assembly, plan.canonical(assembly, recipe.slice_orders, roots), tainted, served)
+    return Candidate(
+        assembly,
+        plan.canonical(assembly, recipe.slice_orders, roots),
+        tainted,
+        served,
+        not tainted.isdisjoint(open_stages.digests),
+    )
 
 
 def today(connection: Connection, model: Model) -> dict[int, dict[int, str]]:

@@ -22,9 +22,10 @@ LIST_OPEN: LiteralString = """
 SELECT s.stage_key, s.shard, s.prefix, s.roots, s.parent, a.digest, a.parent_digest, a.object_name
 FROM stage s
 LEFT JOIN artifact a ON a.stage_key = s.stage_key AND a.kind = 'stage' AND a.state = 'live'
-WHERE s.model_id = %(model_id)s::bigint
-  AND (a.object_name IS NOT NULL
-       OR EXISTS (SELECT FROM stage_job j WHERE j.stage_key = s.stage_key AND j.state IN ('queued', 'running')))
+WHERE s.model_id = %(model_id)s::bigint AND s.stage_key IN (  -- never a walk over all stages that ever were
+    SELECT l.stage_key FROM artifact l WHERE l.kind = 'stage' AND l.state = 'live' AND l.stage_key IS NOT NULL
+    UNION ALL
+    SELECT j.stage_key FROM stage_job j WHERE j.model_id = %(model_id)s::bigint AND j.state IN ('queued', 'running'))
 ORDER BY cardinality(s.prefix), s.stage_key, a.digest
 """
 LIST_TOUCHED: LiteralString = (
@@ -65,8 +66,10 @@ SELECT s.stage_key, s.shard, s.prefix, s.roots, s.parent,
 FROM stage s
 WHERE s.model_id = %(model_id)s::bigint
   AND s.shard IN (SELECT c.shard FROM cell c WHERE c.cell_id = ANY(%(cell_ids)s::bigint[]))
-  AND (EXISTS (SELECT FROM artifact a WHERE a.stage_key = s.stage_key AND a.state <> 'destroyed')
-       OR EXISTS (SELECT FROM stage_job j WHERE j.stage_key = s.stage_key AND j.state IN ('queued', 'running')))
+  AND s.stage_key IN (
+    SELECT l.stage_key FROM artifact l WHERE l.state <> 'destroyed' AND l.stage_key IS NOT NULL
+    UNION ALL
+    SELECT j.stage_key FROM stage_job j WHERE j.model_id = %(model_id)s::bigint AND j.state IN ('queued', 'running'))
 """
 LIST_BY_KEY: LiteralString = """
 SELECT stage_key, shard, prefix, roots, parent,

@@ -50,12 +50,21 @@ LEFT JOIN tombstone t  -- another model's target was faster and has erased the r
 WHERE q.request_id = ANY(%(request_ids)s::uuid[]) AND (r.record_id IS NOT NULL OR t.record_id IS NOT NULL)
 ORDER BY q.request_id, q.record_id
 """
+INSERT_TARGETS: LiteralString = """
+INSERT INTO request_target (request_id, model_id, state)
+SELECT q.request_id, m.model_id, 'received'
+FROM unnest(%(request_ids)s::uuid[]) q (request_id)
+CROSS JOIN model m
+WHERE m.dataset_id = %(dataset_id)s::uuid
+ON CONFLICT DO NOTHING
+"""
 INSERT_TOMBSTONES: LiteralString = """
 INSERT INTO tombstone (record_id, dataset_id, cell_id, commitment, added, request_id)
 SELECT r.record_id, r.dataset_id, r.cell_id, r.commitment, r.added, q.request_id
 FROM unnest(%(record_ids)s::uuid[], %(request_ids)s::uuid[]) q (record_id, request_id)
 JOIN record r ON r.record_id = q.record_id
 ON CONFLICT (record_id) DO NOTHING
+RETURNING record_id
 """
 INSERT_DO_NOT_TRAIN: LiteralString = """
 INSERT INTO do_not_train (subject_id, dataset_id, request_id)
@@ -94,7 +103,9 @@ RAISE_OVERDUE: LiteralString = """
 UPDATE request_target t SET attempts = attempts + 1, attempted_at = clock_timestamp()
 FROM deletion_request r
 WHERE r.request_id = t.request_id AND t.model_id = %(model_id)s::bigint AND t.state = 'received'
-  AND r.created_at < clock_timestamp() - interval '5 seconds'
+  AND t.request_id = ANY(%(request_ids)s::uuid[])
+  AND (t.attempted_at IS NULL
+       OR t.attempted_at + make_interval(secs => least(power(2, t.attempts), 60)::float) < clock_timestamp())
 RETURNING t.request_id, t.attempts
 """
 GET: LiteralString = """
@@ -189,10 +200,19 @@ def list_places(connection: Connection, model_id: int, dataset_id: UUID, request
         return cursor.execute(LIST_RECORDS, values).fetchall()
 
 
-def insert_tombstones(connection: Connection, places: Sequence[Place]) -> None:
-    """Take the records out of service; the first request wins, a later one finds them gone (rule 30)."""
+def insert_targets(connection: Connection, dataset_id: UUID, request_ids: Sequence[UUID]) -> None:
+    """Extend the requests to models that were declared on the dataset since: they may have learnt the records."""
+    connection.execute(INSERT_TARGETS, {"dataset_id": dataset_id, "request_ids": list(request_ids)})
+
+
+def insert_tombstones(connection: Connection, places: Sequence[Place]) -> int:
+    """Take the records out of service; the first request wins, a later one finds them gone (rule 30).
+
+    Returns:
+        How many records were in service until now.
+    """
     values = {"record_ids": [p.record_id for p in places], "request_ids": [p.request_id for p in places]}
-    connection.execute(INSERT_TOMBSTONES, values)
+    return len(connection.execute(INSERT_TOMBSTONES, values).fetchall())
 
 
 def insert_do_not_train(connection: Connection, dataset_id: UUID, request_ids: Sequence[UUID]) -> None:
@@ -244,10 +264,11 @@ def raise_attempts(connection: Connection, request_id: UUID, model_id: int, stat
         return cursor.execute(RAISE_ATTEMPTS, values).fetchone()
 
 
-def raise_overdue(connection: Connection, model_id: int) -> list[Attempt]:
-    """Count an attempt for received targets that earlier plans should have taken; none on the usual path."""
+def raise_overdue(connection: Connection, model_id: int, request_ids: Sequence[UUID]) -> list[Attempt]:
+    """Count an attempt for overdue received targets, at growing distances; none on the usual path."""
+    values = {"model_id": model_id, "request_ids": list(request_ids)}
     with connection.cursor(row_factory=class_row(Attempt)) as cursor:
-        return cursor.execute(RAISE_OVERDUE, {"model_id": model_id}).fetchall()
+        return cursor.execute(RAISE_OVERDUE, values).fetchall()
 
 
 def get_target(connection: Connection, request_id: UUID, model_id: int, *, lock: bool = False) -> Target | None:

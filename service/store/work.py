@@ -7,6 +7,7 @@ from uuid import UUID
 from psycopg.rows import class_row, scalar_row
 
 from service.store.database import Connection
+from service.store.erasure import UNHINDERED
 
 BACKOFF: LiteralString = """
 (t.attempted_at IS NULL
@@ -20,13 +21,9 @@ FROM request_target t
 JOIN model m ON m.model_id = t.model_id
 JOIN deletion_request r ON r.request_id = t.request_id
 WHERE t.state IN ('deactivated', 'erasing') AND t.erased_at IS NULL AND r.kind = 'erase'
-  AND t.deactivated_at + m.erase_after <= clock_timestamp()
-  AND NOT EXISTS (
-      SELECT FROM deletion_request_record q
-      JOIN record_subject s ON s.record_id = q.record_id
-      JOIN hold h ON h.subject_id = s.subject_id AND h.released_at IS NULL
-      WHERE q.request_id = t.request_id)
   AND """
+    + UNHINDERED
+    + " AND "
     + BACKOFF
     + """
 ORDER BY t.deactivated_at

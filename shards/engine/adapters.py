@@ -65,6 +65,13 @@ class Adapters:
             else:
                 tensor.zero_()
 
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Leave nothing of what was trained here in memory."""
+        for parameter in (*self._lora.values(), *self.head.values()):
+            parameter.zero_()
+            parameter.grad = None
+
     def unfreeze(self, block: Mapping[str, nn.Parameter], *, backbone_dropout: bool) -> None:
         """Let the block alone (and the head) be trained; adapters' dropout on, the backbone's where asked
         for.

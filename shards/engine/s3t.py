@@ -41,7 +41,7 @@ class S3T:
     """The engine of one recipe: built once per process, trains any stage of it. One thread at a time.
 
     Hidden states of a shard's records stay in memory from stage to stage, until another shard's stage comes
-    or `trunk.clear()` or `trunk.forget()` is called; call one of them when a job ends.
+    or `trunk.forget()` is called; the last stage's weights stay until the next. Call `clear` when there is no next.
     """
 
     def __init__(
@@ -65,6 +65,11 @@ class S3T:
     def purity(self) -> str:
         """Result of the trunk's start-up probe; belongs in the platform fingerprint."""
         return self.trunk.purity
+
+    def clear(self) -> None:
+        """Leave neither features nor weights of what was trained here in memory."""
+        self.trunk.clear()
+        self._adapters.clear()
 
     def train(
         self,
