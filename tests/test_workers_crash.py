@@ -104,8 +104,6 @@ def revive(world: World) -> None:
     """Time passes: what the dead process held is given up by the reaper's clocks."""
     with database.transaction(world.pool) as connection:
         connection.execute("UPDATE stage_job SET beat_at = beat_at - interval '1 hour' WHERE state <> 'done'")
-        connection.execute("UPDATE artifact SET created_at = created_at - interval '1 hour' WHERE state = 'writing'")
-        connection.execute("UPDATE request_target SET attempts = 0")
         connection.execute("UPDATE model SET published_at = published_at - interval '1 hour'")
     Reaper(world.pool, world.context.artifacts, job_attempts=99).look()
 

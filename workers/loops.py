@@ -23,6 +23,8 @@ RELAY_SECONDS = 0.25
 REAPER_SECONDS = 1.0
 WAITING_SECONDS = 0.02
 """How often the barrier looks while a floor is waited for, should a notification be lost."""
+ACKNOWLEDGE_SECONDS = 0.01
+"""How long the barrier lets replicas go first after a version was published."""
 IDLE_SECONDS = 0.5
 RETRY_SECONDS = 0.5
 PASSING = (UnavailableError, psycopg.OperationalError, RedisError, OperationalError, OSError)
@@ -50,8 +52,9 @@ def watch(stop: threading.Event, chosen: Context, barrier: Barrier) -> None:
                 listener.execute("LISTEN expunge_ack")
                 listener.execute("LISTEN expunge_model")
                 waiting = True
-            for _ in listener.notifies(timeout=WAITING_SECONDS if waiting else IDLE_SECONDS, stop_after=1):
-                pass
+            told = list(listener.notifies(timeout=WAITING_SECONDS if waiting else IDLE_SECONDS, stop_after=1))
+            if told and told[0].channel == "expunge_model":  # the processors are the replicas' until one has answered
+                list(listener.notifies(timeout=ACKNOWLEDGE_SECONDS, stop_after=1))
             waiting = barrier.look()
         except PASSING as error:
             log.warning("loop.waiting", loop="barrier", error=type(error).__name__)
