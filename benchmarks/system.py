@@ -1,23 +1,19 @@
 """A real installation to measure: `expunge up` in a process of its own, with as many programs as a figure asks for."""
 
-import json
-import os
-import subprocess
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from signal import SIGTERM
 from typing import Any
 
 from benchmarks.results import BenchmarkError
 from service.cli.demo.calls import Calls
 from service.cli.demo.sample import Review
-from service.cli.demo.stack import EXPUNGE, Stack, free_ports, tail
-from service.standalone.launch import command
+from service.cli.demo.stack import Stack
+from service.cli.demo.stack import running as start
 
 DATASET, MODEL = "reviews", "reviews-model"
-UP_WITHIN, STOP_WITHIN, STEP_WITHIN = 120.0, 60.0, 900.0
+STEP_WITHIN = 900.0
 LEASE_SECONDS = 3.0
 """Longer than a lease: so long after Postgres started, a barrier declares by timeout alone (protocol.md, rule 10)."""
 
@@ -25,39 +21,18 @@ Update = Callable[[str, float, float | None], None]
 
 
 @contextmanager
-def running(home: Path, *, trainers: int, replicas: int = 2) -> Generator[tuple[Stack, Calls]]:
-    """`expunge up` on `home/state`, which a later call finds again; ready when the block begins, gone when it ends.
+def running(home: Path, *, trainers: int) -> Generator[tuple[Stack, Calls]]:
+    """`expunge up` on `home/state`, and calls to it.
 
     Raises:
-        BenchmarkError: it did not start.
+        DemoError: it did not start.
     """
-    state, log = home / "state", home / "up.log"
-    argv = [*EXPUNGE, "up", "--state", str(state), "--port", str(free_ports(replicas + 1))]
-    argv += ["--trainers", str(trainers), "--replicas", str(replicas)]
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command(argv, death_signal=SIGTERM),
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is the benchmark's to handle
-        )
-    try:
-        document = _wait_until_ready(process, state / "run" / "up.json", log)
-        key = (state / "keys" / "first-api-key").read_text().strip()
-        calls = Calls(document["api_url"], key)
+    with start(home, lambda: None, trainers=trainers) as up:
+        calls = Calls(up.api_url, up.api_key)
         try:
-            yield Stack(state, document["api_url"], tuple(document["servers"]), key, process, log), calls
+            yield up, calls
         finally:
             calls.close()
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_WITHIN)
-        except subprocess.TimeoutExpired:
-            process.kill()  # its children die with it
-            process.wait()
 
 
 def train(stack: Stack, calls: Calls, reviews: Sequence[Review], recipe: Mapping[str, Any], update: Update) -> None:
@@ -100,18 +75,3 @@ def wait_for(stack: Stack, reached: Callable[[], bool], what: str, *, pause: flo
         if time.monotonic() > until:
             raise BenchmarkError(f"{what} took more than {STEP_WITHIN:.0f} s\n{stack.trouble('default')}")
         time.sleep(pause)
-
-
-def _environment() -> dict[str, str]:
-    """Ours without any EXPUNGE_ variable: a benchmark may not touch a real database."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("EXPUNGE_")}
-    return env | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], note: Path, log: Path) -> dict[str, Any]:
-    until = time.monotonic() + UP_WITHIN
-    while not note.exists():
-        if process.poll() is not None or time.monotonic() > until:
-            raise BenchmarkError(f"`expunge up` did not start\n{tail(log)}")
-        time.sleep(0.05)
-    return json.loads(note.read_text())

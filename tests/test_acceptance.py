@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -145,7 +146,8 @@ def test_postgres_killed_comes_back_with_everything(expunge: Installation) -> No
 def test_a_burst_shares_versions(expunge: Installation) -> None:
     expunge.make("burst", subjects=60)
     before = expunge.train("burst")["version"]
-    asked = [expunge.ask(f"burst{number}", ["burst"]) for number in range(40)]
+    with ThreadPoolExecutor(8) as callers:
+        asked = list(callers.map(lambda number: expunge.ask(f"burst{number}", ["burst"]), range(40)))
     for request_id in asked:
         expunge.await_state(request_id, DONE)
     causes = [each["cause"] for each in expunge.get("/v1/models/burst/versions")["versions"]]

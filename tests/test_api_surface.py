@@ -15,7 +15,8 @@ from service.settings import Settings
 from service.store import api_keys, subjects
 from service.store.api_keys import Scope
 from service.store.broker import broker_url
-from service.store.secrets import SecretsError, read_secrets
+from service.store.database import make_pool, transaction
+from service.store.secrets import Secrets, SecretsError, check_secrets, read_secrets
 
 pytest_plugins = ("api_fixtures",)
 pytestmark = pytest.mark.integration
@@ -90,11 +91,11 @@ def test_problems_are_problems_and_echo_nothing(api: Api) -> None:
     method = api.client.delete("/v1/datasets")
     assert method.status_code == 405
     assert "GET" in method.headers["Allow"] or "POST" in method.headers["Allow"]
-    large = api.client.post("/v1/datasets", content=b" " * 70_000, headers=headers)
+    large = api.client.post("/v1/datasets", content=b" " * 600_000, headers=headers)
     assert large.status_code == 413
-    chunked = api.client.post("/v1/datasets", content=(b" " * 1000 for _ in range(70)), headers=headers)
+    chunked = api.client.post("/v1/datasets", content=(b" " * 10_000 for _ in range(60)), headers=headers)
     assert chunked.status_code == 413
-    assert api.announce("/v1/datasets", 70_000) == 413
+    assert api.announce("/v1/datasets", 600_000) == 413
     assert api.client.get("/v1/datasets/%00").status_code == 404
     assert api.client.get("/v1/datasets").headers["Cache-Control"] == "no-store"
 
@@ -276,3 +277,16 @@ def test_identifiers_are_normalised_before_they_are_hashed() -> None:
     assert subjects.alias_of(pepper, "user_id", "ann@example.org") != same
     assert subjects.alias_of(pepper, "user_id", "A") != subjects.alias_of(pepper, "user_id", "a")
     assert subjects.alias_of(b"q" * 32, "email", "ann@example.org") != same
+
+
+def test_other_keys_than_the_datas_own_are_refused(api: Api) -> None:
+    """With another pepper every look-up would miss, and each deletion end as no_match."""
+    assert api.client.get("/readyz").status_code == 200
+    right = read_secrets(api.settings.keys_dir)
+    wrong = Secrets(pepper=bytes(32), partition=right.partition)
+    with make_pool(api.settings.database_url, size=1) as pool:
+        pool.wait()
+        with transaction(pool) as connection:
+            check_secrets(connection, right)
+        with transaction(pool) as connection, pytest.raises(SecretsError, match="pepper"):
+            check_secrets(connection, wrong)

@@ -7,9 +7,10 @@ import pytest
 from world_copies import Copy
 
 from service.evidence.verify import verify
-from service.store import cells, ingest, models, objects
+from service.store import cells, datasets, ingest, models, objects
 from service.store.artifacts import LocalArtifacts
 from service.store.database import transaction
+from service.store.declare import declare_model
 from service.store.ingest import _ChangedError, _draft, _write
 from shards.partition import dataset_key, record_id_of
 from workers import steps
@@ -148,6 +149,36 @@ def test_a_model_declared_after_the_request_is_a_target_too(world: Copy) -> None
     assert world.states(request_id) == DONE * 2
     assert world.row("SELECT floor FROM model WHERE model_id = %s", late) == (2,)
     world.no_trace_of(request_id)
+
+
+def test_a_model_declared_after_a_request_owes_what_the_dataset_still_holds(world: Copy) -> None:
+    """A dataset without a model keeps the records; the first model on it must honour the request before it serves."""
+    with transaction(world.pool) as connection:
+        other = datasets.insert_dataset(
+            connection, name="other", shards=2, slices=2, classes=["no", "yes"], deletable=True, subject_row_cap=9
+        )
+    world.dataset = other
+    world.add({"s1": ["other1"], "s2": ["other2"]})
+    request_id = world.ask("s1")
+    steps.plan_targets(world.context, world.model_id)
+    world.finish(request_id)
+    assert world.shown(request_id) == ("completed", "erased")
+    recipe = type(world.recipe).from_json(world.recipe.to_json() | {"seed": 77})
+    with transaction(world.pool) as connection:
+        late = declare_model(
+            connection,
+            name="other",
+            dataset_id=other.dataset_id,
+            evaluation_id=None,
+            recipe=recipe,
+            erase_after=timedelta(0),
+        ).model_id
+    assert world.shown(request_id) == ("received", None)
+    steps.plan_targets(world.context, late)
+    world.finish(request_id)
+    assert world.shown(request_id) == ("completed", "erased")
+    assert world.active("s1") == 0
+    assert world.active("s2") > 0
 
 
 def test_weights_in_reserve_leave_memory_by_a_version_of_their_own(world: Copy) -> None:

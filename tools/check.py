@@ -124,10 +124,7 @@ CHECKS: Sequence[tuple[str, Callable[[], None]]] = (
     ("imports", lambda: tool("lint-imports", "--no-cache")),
     ("dependencies", lambda: tool("deptry", ".", *DEPTRY)),
     ("migrations", migrations),
-    (
-        "spelling",
-        lambda: tool("codespell", *(str(p.relative_to(ROOT)) for p in files(".py", ".md", ".toml"))),
-    ),
+    ("spelling", spelling),
     ("files", parse),
     ("shell", shell),
     ("leftovers", leftovers),

@@ -4,10 +4,9 @@ from uuid import UUID
 
 from service.domain.requests import State
 from service.evidence.certificate import issue
-from service.evidence.events import EventKind
 from service.evidence.keys import load_signing_key, public_pem
 from service.evidence.verify import verify
-from service.store import events, evidence, targets
+from service.store import evidence, targets
 from service.store.database import retrying, transaction
 from shards.digest import canonical, sha256_hex
 from workers.context import Context
@@ -28,14 +27,6 @@ def certify_target(context: Context, request_id: UUID, model_id: int) -> bool:
             return False
         if attempts > context.settings.target_attempts:
             targets.mark_failed(connection, request_id, model_id, State.ERASING, "AttemptsExhausted")
-            events.append(
-                connection,
-                EventKind.TARGET_FAILED,
-                request_id=request_id,
-                model_id=model_id,
-                error="AttemptsExhausted",
-                attempts=attempts,
-            )
             return False
     with transaction(context.pool) as connection:
         found = evidence.get_evidence(connection, request_id, model_id)

@@ -11,7 +11,7 @@ from service.evidence.events import EventKind
 from service.store import barrier, cells, erasure, events, objects, payloads, targets
 from service.store.artifacts import LocalArtifacts
 from service.store.cells import Cell
-from service.store.database import Connection, Pool, retrying, transaction
+from service.store.database import Pool, retrying, transaction
 from service.store.objects import Object
 from shards.digest import sha256_hex
 from workers.context import Context
@@ -73,7 +73,8 @@ def _begin(context: Context, request_id: UUID, model_id: int) -> bool:
             ):
                 return False
             if target.attempts >= context.settings.target_attempts:
-                return _give_up(connection, request_id, model_id, state, target.attempts)
+                targets.mark_failed(connection, request_id, model_id, state, "AttemptsExhausted")
+                return False
             targets.raise_attempts(connection, request_id, model_id, state)
             doomed = objects.doom_stages(connection, target.plan["stages"], request_id=request_id, model_id=model_id)
             if state is State.DEACTIVATED:
@@ -88,19 +89,6 @@ def _begin(context: Context, request_id: UUID, model_id: int) -> bool:
             return True
 
     return retrying(step)
-
-
-def _give_up(connection: Connection, request_id: UUID, model_id: int, state: State, attempts: int) -> bool:
-    targets.mark_failed(connection, request_id, model_id, state, "AttemptsExhausted")
-    events.append(
-        connection,
-        EventKind.TARGET_FAILED,
-        request_id=request_id,
-        model_id=model_id,
-        error="AttemptsExhausted",
-        attempts=attempts,
-    )
-    return False
 
 
 def _wait_until_freed(pool: Pool, model_id: int, version: int) -> None:

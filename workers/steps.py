@@ -62,7 +62,7 @@ def _drop_hopeless(context: Context, model_id: int, request_ids: list[UUID]) -> 
     with transaction(context.pool) as connection:
         for overdue in targets.raise_overdue(connection, model_id, request_ids):
             if overdue.attempts > context.settings.target_attempts:
-                _fail(connection, overdue.request_id, model_id, State.RECEIVED, "PlannerDied", overdue.attempts)
+                _fail(connection, overdue.request_id, model_id, "PlannerDied")
 
 
 def _plan(connection: Connection, model_id: int, *, counted: bool) -> int:
@@ -94,7 +94,7 @@ def _deactivate_singly(connection: Connection, model: Model, claimed: list[Claim
         except psycopg.errors.DatabaseError as error:
             if isinstance(error, psycopg.OperationalError):
                 raise
-            _fail(connection, one.request_id, model.model_id, State.RECEIVED, type(error).__name__, 1)
+            _fail(connection, one.request_id, model.model_id, type(error).__name__)
 
 
 def _deactivate(connection: Connection, model: Model, claimed: list[Claimed]) -> None:
@@ -167,16 +167,8 @@ def _freeze_plans(
     targets.mark_deactivating(connection, model.model_id, version, plans)
 
 
-def _fail(connection: Connection, request_id: UUID, model_id: int, state: State, error: str, attempts: int) -> None:
-    if targets.mark_failed(connection, request_id, model_id, state, error) is not None:
-        events.append(
-            connection,
-            EventKind.TARGET_FAILED,
-            request_id=request_id,
-            model_id=model_id,
-            error=error,
-            attempts=attempts,
-        )
+def _fail(connection: Connection, request_id: UUID, model_id: int, error: str) -> None:
+    if targets.mark_failed(connection, request_id, model_id, State.RECEIVED, error):
         log.error("target.failed", request_id=str(request_id), model_id=model_id, error=error)
 
 

@@ -29,6 +29,12 @@ CREATE TYPE version_cause AS ENUM ('train', 'deactivate', 'rebuild', 'rollback')
 """
 
 DATA = """
+-- Which pepper and partition key this data was made with: with others every look-up would miss, silently.
+CREATE TABLE key_check (
+    name text PRIMARY KEY CHECK (name IN ('pepper', 'partition')),
+    digest bytea NOT NULL CHECK (octet_length(digest) = 32)
+);
+
 CREATE TABLE subject (
     subject_id uuid PRIMARY KEY,  -- random: says nothing about the person, decides the cell
     created_at timestamptz NOT NULL DEFAULT now()
@@ -115,7 +121,7 @@ CREATE TABLE deletion_request (
     subject_commitment bytea NOT NULL CHECK (octet_length(subject_commitment) = 32),
     regime text CHECK (regime IN ('gdpr', 'ccpa', 'voluntary')),
     reference text CHECK (reference ~ '^[A-Za-z0-9._:/#-]{1,200}$'),  -- the caller's ticket: no room for a name
-    received_at timestamptz NOT NULL,
+    received_at timestamptz NOT NULL CHECK (received_at >= '2000-01-01'),
     due_at timestamptz NOT NULL CHECK (due_at > received_at),
     created_at timestamptz NOT NULL DEFAULT now(),
     created_by text NOT NULL REFERENCES api_key,
@@ -352,7 +358,7 @@ GRANTS = """
 GRANT USAGE ON SCHEMA public TO expunge_app;
 GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO expunge_app;
 GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO expunge_app;
-REVOKE UPDATE, DELETE ON event_pending, certificate, assembly, model_version, cell_manifest FROM expunge_app;
+REVOKE UPDATE, DELETE ON key_check, event_pending, certificate, assembly, model_version, cell_manifest FROM expunge_app;
 REVOKE DELETE ON tombstone, deletion_request, request_target, do_not_train, lease, artifact FROM expunge_app;
 REVOKE INSERT, UPDATE, DELETE ON alembic_version FROM expunge_app;
 """

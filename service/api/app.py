@@ -1,7 +1,7 @@
 """The control API's composition root: the one place where its parts meet."""
 
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
@@ -11,12 +11,13 @@ from service.api.context import Context
 from service.api.doorbell import Doorbell
 from service.api.key_cache import KeyCache
 from service.api.middleware import LimitBody, Observe
+from service.domain.errors import UnavailableError
 from service.metrics import HttpMetrics, StateCollector
 from service.settings import Settings
 from service.store.artifacts import open_artifacts
 from service.store.database import Pool, make_pool, transaction
 from service.store.gauges import Figures, read_figures
-from service.store.secrets import read_secrets
+from service.store.secrets import check_secrets, read_secrets
 
 POOL_SIZE = 8
 """Below the 40 threads that run endpoints; the connection budget is protocol.md section 9's."""
@@ -46,6 +47,8 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         # Not waiting for Postgres: until it answers, /readyz and every call say 503.
         pool.open(wait=False)
+        with suppress(UnavailableError), transaction(pool) as connection:
+            check_secrets(connection, context.secrets)
         context.doorbell.start()
         try:
             yield

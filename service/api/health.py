@@ -8,6 +8,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from service.api.context import Here
 from service.domain.errors import UnavailableError
 from service.store import migrate
+from service.store.database import transaction
+from service.store.secrets import check_secrets
 
 router = APIRouter(tags=["health"])
 
@@ -20,13 +22,15 @@ async def healthz() -> PlainTextResponse:
 
 @router.get("/readyz")
 def readyz(here: Here) -> JSONResponse:
-    """Postgres answers and its schema is not behind this code."""
+    """Postgres answers, its schema is not behind this code, and the keys are the ones its data was made with."""
     try:
         migrate.check(here.settings.database_url)
     except migrate.SchemaError:
         raise UnavailableError(
             "Postgres does not answer, or its schema is behind: run `python -m service.store.migrate`"
         ) from None
+    with transaction(here.pool) as connection:
+        check_secrets(connection, here.secrets)
     return JSONResponse({"status": "ready"})
 
 

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.errors import problem
 from service.metrics import HttpMetrics
 
-JSON_LIMIT = 64 * 1024
+JSON_LIMIT = 512 * 1024
 _UPLOAD = re.compile(r"/v1/datasets/[^/]+/records")
 
 
@@ -46,7 +46,7 @@ class Observe:
 
 
 class LimitBody:
-    """Answers 413 to bodies over 64 KiB (uploads of records: over their own limit)."""
+    """Answers 413 to bodies over 512 KiB (uploads of records: over their own limit)."""
 
     def __init__(self, app: ASGIApp, upload_limit: int) -> None:
         """Wrap `app`; `upload_limit` in bytes."""

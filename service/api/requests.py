@@ -43,8 +43,11 @@ def receive_request(body: NewRequest, here: Here, caller: DeletionWriter, key: K
     request_id = uuid4()
 
     def step() -> tuple[dict[str, Any], list[int]]:
+        claim, digest = _claim(here, body, key)
         with transaction(here.pool) as connection:
-            new = _new_request(connection, here, caller, body, request_id=request_id, key=key)
+            if claim and (made := requests.find_claimed(connection, caller.prefix, claim, digest)):
+                return _read(connection, made, caller), []
+            new = _new_request(connection, here, caller, body, request_id=request_id, claim=claim, digest=digest)
             received = requests.receive(connection, new)
             if isinstance(received, UUID):
                 return _read(connection, received, caller), []
@@ -105,7 +108,8 @@ def _new_request(
     body: NewRequest,
     *,
     request_id: UUID,
-    key: str | None,
+    claim: str | None,
+    digest: bytes | None,
 ) -> requests.NewRequest:
     pepper = here.secrets.pepper
     received_at = body.received_at or datetime.now(UTC)
@@ -123,14 +127,21 @@ def _new_request(
         model_ids=None if body.models is None else request_steps.get_model_ids(connection, body.models),
         regime=body.regime.value if body.regime else None,
         reference=body.reference,
-        # Both keyed: callers put identifiers into keys, and a bare digest of a short body can be guessed.
-        key=None if key is None else keyed(pepper, b"idempotency key", key.encode()).hex(),
-        body_digest=None if key is None else keyed(pepper, b"idempotency body", _body(body)),
+        key=claim,
+        body_digest=digest,
     )
 
 
-def _body(body: NewRequest) -> bytes:
-    return canonical(body.model_dump(mode="json", exclude_unset=True))
+def _claim(here: Context, body: NewRequest, key: str | None) -> tuple[str | None, bytes | None]:
+    """What is kept of an idempotency key and its body.
+
+    Both keyed: callers put identifiers into keys, and a bare digest of a short body can be guessed.
+    """
+    if key is None:
+        return None, None
+    pepper = here.secrets.pepper
+    text = canonical(body.model_dump(mode="json", exclude_unset=True))
+    return keyed(pepper, b"idempotency key", key.encode()).hex(), keyed(pepper, b"idempotency body", text)
 
 
 def _named_records(connection: Connection, here: Context, body: About) -> tuple[UUID | None, list[UUID]]:

@@ -18,7 +18,7 @@ PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 NamePath = Annotated[str, Path(pattern=NAME_PATTERN)]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=PRINTABLE)]
-ExternalId = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+ExternalId = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00]*$")]
 
 
 class Body(BaseModel):
@@ -67,6 +67,8 @@ class Subject(Body):
     def _not_blank(self) -> Self:
         if not normalise(self.type, self.value):
             raise ValueError("value is blank")
+        if "\x00" in self.value:
+            raise ValueError("value holds a NUL character, which no upload can have")
         return self
 
 
@@ -97,6 +99,9 @@ class About(Body):
         return (b"", (self.dataset or "").encode(), *(each.encode() for each in ids))
 
 
+EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
+
+
 class NewRequest(About):
     """A deletion request."""
 
@@ -112,6 +117,6 @@ class NewRequest(About):
     def _acceptable(self) -> Self:
         if self.kind is not Kind.ERASE:
             raise ValueError("only the kind erase is accepted now")
-        if self.received_at is not None and self.received_at > datetime.now(UTC):
-            raise ValueError("received_at is in the future")
+        if self.received_at is not None and not EARLIEST <= self.received_at <= datetime.now(UTC):
+            raise ValueError("received_at is in the future, or before the year 2000")
         return self

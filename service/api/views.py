@@ -13,7 +13,11 @@ def sees_outcomes(caller: ApiKey) -> bool:
 
 
 def request_view(request: Request, targets: list[RequestTarget], *, full: bool) -> dict[str, Any]:
-    """A request as JSON. Unless `full`, a request that matched nothing looks like any other."""
+    """A request as JSON. Unless `full`, a completed request says neither how it ended nor what it touched.
+
+    Its states are shown to everybody: applications wait for `deactivated`. So whoever watches a request closely can
+    tell from the time it takes whether there was anything to do.
+    """
     path = f"/v1/deletion-requests/{request.request_id}"
     return {
         "request_id": str(request.request_id),

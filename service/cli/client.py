@@ -103,6 +103,8 @@ def _running(state: Path) -> dict[str, Any]:
 
 def _key(settings: Settings, state: Path) -> str:
     if settings.api_key:
+        if not settings.api_key.isascii():
+            raise CommandError("EXPUNGE_API_KEY is not an API key: those begin with xp_ and are plain ASCII")
         return settings.api_key
     try:
         return (state / "keys" / "first-api-key").read_text().strip()

@@ -3,6 +3,7 @@
 import sys
 
 import typer
+from pydantic import ValidationError
 
 from service.cli import data_commands, model_commands
 from service.cli.demo import demo
@@ -31,4 +32,8 @@ def main() -> None:
         app()
     except CommandError as error:
         complain(str(error))
+        sys.exit(1)
+    except ValidationError as error:  # a setting; its value may be a secret
+        wrong = ", ".join(f"EXPUNGE_{str(each['loc'][0]).upper()}: {each['msg']}" for each in error.errors())
+        complain(f"cannot use the environment: {wrong}")
         sys.exit(1)

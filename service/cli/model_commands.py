@@ -79,7 +79,7 @@ def _wait(client: Client, name: str, before: dict[str, Any]) -> dict[str, Any]:
             if not left and not now["building"]:
                 break
             time.sleep(POLL_SECONDS)
-    if jobs.get("failed", 0) > before["jobs"].get("failed", 0):
+    if jobs.get("failed", 0) or not now["version"]:
         raise CommandError(f"stages of {name} failed to train: the log of the train worker says why")
     return now
 

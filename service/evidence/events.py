@@ -32,7 +32,6 @@ class EventKind(StrEnum):
     STAGE_FAILED = "stage.failed"
     STAGE_REFUSED = "stage.refused"
     STAGE_MISMATCH = "stage.digest_mismatch"
-    STAGE_REPLAYED = "stage.replayed"
     CERTIFICATE_ISSUED = "certificate.issued"
     INGESTION_REFUSED = "ingestion.refused"
 
@@ -63,7 +62,6 @@ FIELDS: dict[EventKind, frozenset[str]] = {
     EventKind.STAGE_FAILED: frozenset({"stage", "error", "attempts"}),
     EventKind.STAGE_REFUSED: frozenset({"stage", "reason"}),
     EventKind.STAGE_MISMATCH: frozenset({"stage", "digests", "fingerprint"}),
-    EventKind.STAGE_REPLAYED: frozenset({"stage", "digest", "equal", "fingerprint"}),
     EventKind.CERTIFICATE_ISSUED: frozenset({"digest"}),
     EventKind.INGESTION_REFUSED: frozenset({"lines", "reason"}),
 }

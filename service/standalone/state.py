@@ -78,6 +78,7 @@ def hold(root: Path) -> Generator[State]:
     descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         _lock(descriptor, root)
+        root.chmod(0o700)  # not before: a running instance may need it wider
         state = State(root, _sockets(root))
         for part in (state.postgres, state.valkey, state.artifacts, state.keys, state.run, state.logs):
             part.mkdir(mode=0o700, exist_ok=True)
@@ -133,7 +134,6 @@ def _adopt(root: Path) -> None:
             raise StandaloneError(
                 f"{root} has files but is no Expunge state directory: choose a new or empty one with --state"
             )
-        root.chmod(0o700)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise StandaloneError(f"cannot use {root} as state directory ({error}): choose one with --state") from error
 

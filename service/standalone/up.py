@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from service.domain.errors import ExpungeError
 from service.settings import Settings
 from service.standalone import state as states
 from service.standalone.errors import StandaloneError
@@ -51,7 +52,7 @@ def serve(directory: Path, shape: Shape, *, programs: Programs, first_key: First
                     _say("stopping")
                     supervisor.stop()
         _say("stopped")
-    except StandaloneError as error:
+    except (StandaloneError, ExpungeError, OSError) as error:
         _complain(str(error))
         return 1
     return 0

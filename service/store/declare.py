@@ -1,15 +1,28 @@
 """Declaring a model, with what is taken said as a conflict."""
 
 from datetime import timedelta
+from typing import LiteralString
 from uuid import UUID
 
 from psycopg import errors
+from psycopg.rows import scalar_row
 
 from service.domain.errors import ConflictError
-from service.store import models
+from service.store import models, targets
 from service.store.database import Connection
 from service.store.models import Model
 from shards.recipe import Recipe
+
+INSERT_OWED: LiteralString = """
+INSERT INTO request_target (request_id, model_id, state)
+SELECT DISTINCT d.request_id, %(model_id)s::bigint, 'received'::deletion_state
+FROM record r
+JOIN record_subject rs ON rs.record_id = r.record_id
+JOIN deletion_request d ON d.subject_id = rs.subject_id AND d.kind = 'erase'
+WHERE r.dataset_id = %(dataset_id)s::uuid AND d.state NOT IN ('rejected', 'revoked', 'expired', 'lifted')
+  AND NOT EXISTS (SELECT FROM tombstone t WHERE t.record_id = r.record_id)
+RETURNING request_id
+"""
 
 
 def declare_model(
@@ -22,6 +35,9 @@ def declare_model(
     erase_after: timedelta,
 ) -> Model:
     """Create a model with nothing trained.
+
+    Requests whose records still lie in the dataset, since no model had learnt from it, become this model's to honour
+    before it can serve anything.
 
     Raises:
         ConflictError: the name or the recipe is another model's; the transaction can do nothing more.
@@ -42,4 +58,7 @@ def declare_model(
                 " or change the seed"
             ) from None
         raise ConflictError("there is a model of that name already; choose another name") from None
+    with connection.cursor(row_factory=scalar_row) as cursor:
+        owed = cursor.execute(INSERT_OWED, {"model_id": model_id, "dataset_id": dataset_id}).fetchall()
+    targets.refresh_requests(connection, owed)
     return models.get_model_by_id(connection, model_id)

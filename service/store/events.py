@@ -21,13 +21,6 @@ FROM event_pending
 WHERE request_id = %(request_id)s::uuid
 ORDER BY id
 """
-LIST_OF_MODEL: LiteralString = """
-SELECT id, event_id, kind, request_id, model_id, body, created_at
-FROM event_pending
-WHERE model_id = %(model_id)s::bigint AND id > %(after)s::bigint
-ORDER BY id
-LIMIT %(limit)s::int
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +57,3 @@ def list_of_request(connection: Connection, request_id: UUID) -> list[Event]:
     """All events of a request, in the order of their transactions' writes."""
     with connection.cursor(row_factory=class_row(Event)) as cursor:
         return cursor.execute(LIST_OF_REQUEST, {"request_id": request_id}).fetchall()
-
-
-def list_of_model(connection: Connection, model_id: int, *, after: int = 0, limit: int = 1000) -> list[Event]:
-    """Events of a model, oldest first, behind the event `after`."""
-    with connection.cursor(row_factory=class_row(Event)) as cursor:
-        return cursor.execute(LIST_OF_MODEL, {"model_id": model_id, "after": after, "limit": limit}).fetchall()

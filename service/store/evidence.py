@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
 from typing import Any, LiteralString
 from uuid import UUID
 
@@ -16,7 +17,7 @@ from service.store.database import Connection
 from shards.assembly import Assembly
 from shards.stages import CellRoot, Stage
 
-TOOL_VERSION = "0.1.0"
+TOOL_VERSION = version("expunge")
 
 GET_REQUEST: LiteralString = """
 SELECT r.request_id, r.kind::text, r.regime, r.received_at, r.due_at, r.subject_commitment, r.created_at,

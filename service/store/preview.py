@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, LiteralString
 from uuid import UUID
 
-from psycopg.rows import class_row
+from psycopg.rows import class_row, scalar_row
 
 from service.store import cells, evaluations, models, publish, stages
 from service.store.artifacts import LocalArtifacts
@@ -22,6 +22,12 @@ JOIN cell c ON c.cell_id = r.cell_id
 JOIN cell_manifest m ON m.cell_id = r.cell_id AND r.added <= m.generation
 WHERE r.record_id = ANY(%(record_ids)s::uuid[]) AND r.dataset_id = %(dataset_id)s::uuid
   AND NOT EXISTS (SELECT FROM tombstone t WHERE t.record_id = r.record_id AND t.removed <= m.generation)
+"""
+
+LIST_KNOWN: LiteralString = """
+SELECT r.record_id FROM record r
+WHERE r.record_id = ANY(%(record_ids)s::uuid[]) AND r.dataset_id = %(dataset_id)s::uuid
+  AND NOT EXISTS (SELECT FROM tombstone t WHERE t.record_id = r.record_id AND t.lifted_at IS NULL)
 """
 
 
@@ -53,6 +59,7 @@ class Preview:
 def preview(connection: Connection, artifacts: LocalArtifacts, model: Model, record_ids: Sequence[UUID]) -> Preview:
     """Plan the deletion of `record_ids` from `model` on the rows as they are now; changes nothing."""
     recipe = model.parsed_recipe
+    record_ids = _known(connection, model, record_ids)
     touched = _touched(connection, model, record_ids)
     open_stages = stages.list_open(connection, model.model_id, model.recipe_digest)
     gone = plan.tainted(open_stages.stages.values(), stages.list_touched(connection, open_stages.stages))
@@ -69,7 +76,7 @@ def preview(connection: Connection, artifacts: LocalArtifacts, model: Model, rec
     served = Assembly.from_json(newest.body) if newest else before
     return Preview(
         model=model.name,
-        records=len(set(record_ids)),
+        records=len(record_ids),
         cells=[{"shard": shard, "slice": s} for shard, s in sorted({(each.shard, each.slice) for each in touched})],
         stages_tainted=len(lost),
         depth_before=list(served.depths),
@@ -81,6 +88,13 @@ def preview(connection: Connection, artifacts: LocalArtifacts, model: Model, rec
     )
 
 
+def _known(connection: Connection, model: Model, record_ids: Sequence[UUID]) -> list[UUID]:
+    """Those of the records that the model's dataset holds and that are in service."""
+    values = {"record_ids": list(record_ids), "dataset_id": model.dataset_id}
+    with connection.cursor(row_factory=scalar_row) as cursor:
+        return cursor.execute(LIST_KNOWN, values).fetchall()
+
+
 def _touched(connection: Connection, model: Model, record_ids: Sequence[UUID]) -> frozenset[CellRoot]:
     values = {"record_ids": list(record_ids), "dataset_id": model.dataset_id}
     with connection.cursor(row_factory=class_row(CellRoot)) as cursor:
@@ -90,4 +104,4 @@ def _touched(connection: Connection, model: Model, record_ids: Sequence[UUID]) -
 def _rows(connection: Connection, model: Model, lost: Sequence[Stage], record_ids: Sequence[UUID]) -> int:
     rows = {(cell.shard, cell.slice): cell.rows for cell in cells.list_grid(connection, model.dataset_id)}
     read = sum(rows[stage.shard, index] for stage in lost for index in stage.prefix)
-    return max(0, read - len(set(record_ids)) * len(lost))
+    return max(0, read - len(record_ids) * len(lost))

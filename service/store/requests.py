@@ -177,16 +177,25 @@ def receive(connection: Connection, new: NewRequest) -> list[TargetModel] | UUID
         targets = cursor.execute(RECEIVE, values).fetchall()
     if not targets:
         raise ConflictError("there is no model to delete from: no model is trained on a deletable dataset here")
-    return targets if targets[0].created_at else _claimed(connection, new)
-
-
-def _claimed(connection: Connection, new: NewRequest) -> UUID:
-    """The request that the idempotency key made."""
-    with connection.cursor(row_factory=class_row(_Claim)) as cursor:
-        claim = cursor.execute(FIND_CLAIM, {"actor": new.actor, "key": new.key}).fetchone()
-    if claim is None:
+    if targets[0].created_at:
+        return targets
+    made = find_claimed(connection, new.actor, new.key, new.body_digest)
+    if made is None:
         raise AssertionError("a key that conflicts has a committed row")
-    if bytes(claim.body_digest) != new.body_digest:
+    return made
+
+
+def find_claimed(connection: Connection, actor: str, key: str | None, body_digest: bytes | None) -> UUID | None:
+    """The request that an idempotency key made before, whatever has become of its models since.
+
+    Raises:
+        InvalidInputError: it made it with another body.
+    """
+    with connection.cursor(row_factory=class_row(_Claim)) as cursor:
+        claim = cursor.execute(FIND_CLAIM, {"actor": actor, "key": key}).fetchone()
+    if claim is None:
+        return None
+    if bytes(claim.body_digest) != body_digest:
         raise InvalidInputError(
             "this Idempotency-Key came with another body before: use a new key for a new request",
             field="Idempotency-Key",

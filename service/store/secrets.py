@@ -2,14 +2,26 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import LiteralString
+
+from psycopg.rows import scalar_row
 
 from service.domain.errors import ExpungeError
+from service.store.database import Connection
+from shards.digest import keyed
 
 KEY_BYTES = 32
 
 
 class SecretsError(ExpungeError):
     """A key file is missing, readable by others, or not a key."""
+
+
+INSERT_CHECK: LiteralString = """
+INSERT INTO key_check (name, digest) VALUES (%(name)s::text, %(digest)s::bytea) ON CONFLICT DO NOTHING
+"""
+CHECKED: LiteralString = "SELECT to_regclass('key_check')::text"
+FIND_CHECK: LiteralString = "SELECT digest FROM key_check WHERE name = %(name)s::text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +63,20 @@ def _read(path: Path) -> bytes:
     if len(key) != KEY_BYTES:
         raise SecretsError(f"{path} does not hold {KEY_BYTES} bytes in hex: restore it from your backup")
     return key
+
+
+def check_secrets(connection: Connection, secrets: Secrets) -> None:
+    """Refuse keys that are not the ones this database's data was made with; the first start writes them down.
+
+    Raises:
+        SecretsError: another pepper or partition key. Every look-up would miss, and deletions would find nobody.
+    """
+    if connection.execute(CHECKED).fetchone() == (None,):
+        return  # no schema yet: /readyz says so
+    for name, key in (("pepper", secrets.pepper), ("partition", secrets.partition)):
+        digest = keyed(key, b"key check", name.encode())
+        connection.execute(INSERT_CHECK, {"name": name, "digest": digest})
+        with connection.cursor(row_factory=scalar_row) as cursor:
+            found = cursor.execute(FIND_CHECK, {"name": name}).fetchone()
+        if found is None or bytes(found) != digest:
+            raise SecretsError(f"the {name} is not the one this database was made with: restore keys/ from your backup")

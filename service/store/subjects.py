@@ -14,9 +14,6 @@ TYPE_PATTERN = r"^[a-z][a-z0-9_]{0,31}$"
 VALUE_LIMIT = 1024
 """Longest identifier, in characters."""
 
-FIND: LiteralString = """
-SELECT subject_id FROM subject_alias WHERE type = %(type)s::text AND digest = %(digest)s::bytea
-"""
 RESOLVE: LiteralString = """
 SELECT a.type, a.digest, a.subject_id
 FROM unnest(%(types)s::text[], %(digests)s::bytea[]) AS wanted(type, digest)
@@ -69,12 +66,6 @@ def normalise(kind: str, value: str) -> str:
 def alias_of(pepper: bytes, kind: str, value: str) -> Alias:
     """The alias of an identifier."""
     return Alias(kind, keyed(pepper, b"alias", kind.encode(), normalise(kind, value).encode()))
-
-
-def find_subject(connection: Connection, alias: Alias) -> UUID | None:
-    """The subject with that alias, or None."""
-    with connection.cursor(row_factory=scalar_row) as cursor:
-        return cursor.execute(FIND, {"type": alias.type, "digest": alias.digest}).fetchone()
 
 
 def find_subjects(connection: Connection, aliases: Iterable[Alias]) -> dict[Alias, UUID]:

@@ -8,6 +8,8 @@ from uuid import UUID
 from psycopg.rows import class_row, scalar_row
 
 from service.domain.requests import Outcome, State, joint_outcome, least_advanced
+from service.evidence.events import EventKind
+from service.store import events
 from service.store.database import Connection
 
 BATCH = 5000
@@ -90,7 +92,7 @@ WHERE model_id = %(model_id)s::bigint AND state = 'deactivating' AND version <= 
 RETURNING request_id
 """
 MARK_FAILED: LiteralString = """
-UPDATE request_target SET state = 'failed', error = %(error)s::text
+UPDATE request_target SET state = 'failed', error = %(error)s::text, attempts = greatest(attempts, 1)
 WHERE request_id = %(request_id)s::uuid AND model_id = %(model_id)s::bigint AND state = %(state)s::deletion_state
 RETURNING attempts
 """
@@ -245,16 +247,26 @@ def mark_deactivated(connection: Connection, model_id: int, floor: int) -> list[
     return done
 
 
-def mark_failed(connection: Connection, request_id: UUID, model_id: int, state: State, error: str) -> int | None:
-    """Show a target as failed, from `state`; None when it was not in that state any more.
+def mark_failed(connection: Connection, request_id: UUID, model_id: int, state: State, error: str) -> bool:
+    """Show a target as failed, from `state`, and record it; False when it was not in that state any more.
 
     `error` is the name of an error class: a message could hold data.
     """
     values = {"request_id": request_id, "model_id": model_id, "state": state.value, "error": error}
     with connection.cursor(row_factory=scalar_row) as cursor:
         attempts: int | None = cursor.execute(MARK_FAILED, values).fetchone()
+    if attempts is None:
+        return False
     refresh_requests(connection, [request_id])
-    return attempts
+    events.append(
+        connection,
+        EventKind.TARGET_FAILED,
+        request_id=request_id,
+        model_id=model_id,
+        error=error,
+        attempts=attempts,
+    )
+    return True
 
 
 def raise_attempts(connection: Connection, request_id: UUID, model_id: int, state: State) -> int | None:

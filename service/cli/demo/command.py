@@ -50,6 +50,7 @@ def run(records: int, held_out: int, *, as_json: bool) -> None:
     console = Console(stderr=as_json, width=None if os.isatty(2 if as_json else 1) else 120, highlight=False)
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
+    REPORT.unlink(missing_ok=True)  # an earlier run's success is not this one's
     try:
         report = _run(show.Screen(console), records, held_out)
     except KeyboardInterrupt:

@@ -97,6 +97,8 @@ class Journey:
             predictions_total=seen.total,
             predictions_failed=seen.failed,
             predictions_stale=seen.stale,
+            predictions_after_deactivated=seen.after_floor,
+            predictions_versions=seen.versions,
             records_deleted=proof.records,
             stages_tainted=proof.stages_tainted,
             artifacts_destroyed=proof.artifacts_destroyed,
@@ -201,7 +203,7 @@ class Journey:
         self.traffic.wait_for(AROUND)
         done = self.calls.delete(self._subject, MODEL)
         self.traffic.floor = done.version
-        self.traffic.wait_for(AROUND)
+        self.traffic.wait_for_each(AROUND)
         self.screen.say(
             f"[bold green]deactivated[/] {done.client_ms:.0f} ms after the 202 ({done.server_ms:.0f} ms on the server's"
             f" clock): version {done.version} serves, no answer begins from an older one"

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+WELL_UNDER_A_SECOND = 1000.0
+
 
 @dataclass(frozen=True, slots=True)
 class Versions:
@@ -43,6 +45,10 @@ class Report:
     predictions_failed: int
     predictions_stale: int
     """Sent after the client had read `deactivated`, and answered from below the floor."""
+    predictions_after_deactivated: int
+    """Answers to requests sent after `deactivated` was read, of the server that gave fewest."""
+    predictions_versions: tuple[int, ...]
+    """Versions that answered."""
     records_deleted: int
     stages_tainted: int
     artifacts_destroyed: int
@@ -77,6 +83,9 @@ class Report:
         accuracy, versions = self.accuracy, self.versions
         yield self.predictions_total > 0, "no prediction was answered"
         yield self.predictions_failed == 0, f"{self.predictions_failed} predictions failed"
+        yield self.predictions_after_deactivated > 0, "a server answered nothing after the deactivation was known"
+        yield versions.deactivated in self.predictions_versions, "no prediction came from the deactivated version"
+        yield self.deactivated_ms < WELL_UNDER_A_SECOND, f"deactivated only after {self.deactivated_ms:.0f} ms"
         yield self.predictions_stale == 0, f"{self.predictions_stale} predictions were stale"
         yield self.stages_tainted > 0, "the deletion tainted no stage"
         yield (

@@ -6,7 +6,7 @@ stand-in reviewers wherever they show.
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,6 @@ def draw(reviews: Iterable[Review], *, training: int, held_out: int) -> Sample:
     if any(len(found) < size for found, size in zip(parts, wanted, strict=True)):
         raise ValueError(f"{training} + {held_out} records are more than the reviews have")
     return Sample(*map(tuple, parts))
-
-
-def share_of_largest_class(reviews: Sequence[Review]) -> float:
-    """The accuracy of always answering the commonest label."""
-    return max(Counter(review.label for review in reviews).values()) / len(reviews)
 
 
 def _review(row: dict[str, Any]) -> Review | None:

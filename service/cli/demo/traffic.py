@@ -4,10 +4,12 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import httpx
+
+from service.cli.demo.assets import DemoError
 
 VERSION_HEADER = "X-Expunge-Version"
 
@@ -21,6 +23,8 @@ class Seen:
     """Answers other than 200, and connections that broke."""
     stale: int
     """Sent after the floor was known to be raised, and answered from below it."""
+    after_floor: int
+    """Answers to requests sent after that, of the server that gave fewest."""
     versions: tuple[int, ...]
     """Every version that answered."""
     failures: dict[str, int]
@@ -44,6 +48,7 @@ class Traffic:
     _threads: list[threading.Thread] = field(default_factory=list, init=False)
     _total: int = field(default=0, init=False)
     _stale: int = field(default=0, init=False)
+    _after: Counter[str] = field(default_factory=Counter, init=False)
     _versions: set[int] = field(default_factory=set, init=False)
     _failures: Counter[str] = field(default_factory=Counter, init=False)
 
@@ -68,14 +73,26 @@ class Traffic:
                 self._total,
                 self._failures.total(),
                 self._stale,
+                min((self._after[server] for server in self.servers), default=0),
                 tuple(sorted(self._versions)),
                 dict(self._failures),
             )
 
-    def wait_for(self, count: int, *, timeout: float = 30.0) -> None:
-        """Return when so many more requests were answered, or the time is over."""
-        until, goal = time.monotonic() + timeout, self.seen().total + count
-        while self.seen().total < goal and time.monotonic() < until:
+    def wait_for(self, count: int, *, timeout: float = 60.0) -> None:
+        """Return when so many more requests were answered. Raises `DemoError` when they are not in time."""
+        goal = self.seen().total + count
+        self._wait(lambda: self.seen().total >= goal, timeout)
+
+    def wait_for_each(self, count: int, *, timeout: float = 60.0) -> None:
+        """Return when every server has answered so many requests that were sent after `floor` was set."""
+        self._wait(lambda: self.seen().after_floor >= count, timeout)
+
+    @staticmethod
+    def _wait(done: Callable[[], bool], timeout: float) -> None:
+        until = time.monotonic() + timeout
+        while not done():
+            if time.monotonic() > until:
+                raise DemoError("the model servers stopped answering predictions")
             time.sleep(0.01)
 
     def _send(self, server: str) -> None:
@@ -87,12 +104,12 @@ class Traffic:
                 floor = self.floor  # as known before the request leaves
                 try:
                     answer = client.post(f"/v1/models/{self.model}/predict", json={"inputs": [text]})
-                    self._note(answer, floor)
-                except (httpx.HTTPError, ValueError) as error:
+                    self._note(server, answer, floor)
+                except (httpx.HTTPError, ValueError, KeyError) as error:
                     self._note_failure(type(error).__name__)
                 self._stop.wait(self.pause)
 
-    def _note(self, answer: httpx.Response, floor: int) -> None:
+    def _note(self, server: str, answer: httpx.Response, floor: int) -> None:
         if not answer.is_success:
             self._note_failure(f"HTTP {answer.status_code}")
             return
@@ -101,6 +118,7 @@ class Traffic:
             self._total += 1
             self._versions.add(version)
             self._stale += version < floor
+            self._after[server] += floor > 0
 
     def _note_failure(self, what: str) -> None:
         with self._lock:
