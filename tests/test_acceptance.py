@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from installation import DONE, Installation, installation, text_of
 from tiny import tiny_backbone
@@ -125,7 +126,7 @@ def test_valkey_gone_for_a_while_loses_nothing(expunge: Installation) -> None:
         began = time.monotonic()
         request_id = expunge.ask("bell2", ["bell"])
         assert time.monotonic() - began < 5, "the 202 never waits for Valkey"
-        time.sleep(3)
+        time.sleep(10)
         assert expunge.request(request_id)["state"] == "received"
     finally:
         os.kill(valkey, signal.SIGCONT)
@@ -141,6 +142,28 @@ def test_postgres_killed_comes_back_with_everything(expunge: Installation) -> No
     expunge.await_state(request_id, {"completed"}, within=90)
     expunge.await_serving("base", version + 1, within=60)
     expunge.until(lambda: expunge.http.get("/readyz").is_success, within=30)
+
+
+def test_postgres_that_does_not_answer_for_ten_seconds(expunge: Installation) -> None:
+    """Replicas answer until their leases run out, then 503, then again; what was asked before is done after."""
+    expunge.make("still", subjects=16)
+    version = expunge.train("still")["version"]
+    expunge.await_serving("still", version)
+    request_id = expunge.ask("still2", ["still"])
+    postmaster = psutil.Process(expunge.document["programs"]["postgres"])
+    stopped = [postmaster, *postmaster.children(recursive=True)]
+    for process in stopped:
+        process.suspend()
+    try:
+        end = time.monotonic() + 10
+        time.sleep(4)  # the lease's time to live is 2 s
+        assert [expunge.predict(server, "still", "w1").status_code for server in (0, 1)] == [503, 503]
+        time.sleep(max(0.0, end - time.monotonic()))
+    finally:
+        for process in stopped:
+            process.resume()
+    expunge.await_state(request_id, {"completed"}, within=90)
+    expunge.await_serving("still", version + 1, within=60)
 
 
 def test_a_burst_shares_versions(expunge: Installation) -> None:

@@ -13,6 +13,8 @@ from service.store.database import make_pool, transaction
 
 REMEMBERED = 5.0
 """Seconds; a revoked key may be used that much longer."""
+PATIENCE = 2.0
+"""Seconds that a look-up may take: a Postgres that hangs says nothing, and callers deserve an answer."""
 ENTRIES = 10_000
 CONNECTIONS = 2
 
@@ -54,8 +56,9 @@ class Keys:
     async def _look_up(self, digest: bytes, token: str) -> ApiKey:
         loop = asyncio.get_running_loop()
         try:
-            key = await loop.run_in_executor(self._threads, partial(self._read, token))
-        except UnavailableError:
+            reading = loop.run_in_executor(self._threads, partial(self._read, token))
+            key = await asyncio.wait_for(reading, PATIENCE)
+        except (UnavailableError, TimeoutError):
             raise unavailable(
                 "store-unavailable", "API keys cannot be checked: Postgres does not answer; try again"
             ) from None
