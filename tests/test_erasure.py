@@ -181,6 +181,22 @@ def test_a_model_declared_after_a_request_owes_what_the_dataset_still_holds(worl
     assert world.active("s2") > 0
 
 
+def test_somebody_known_from_another_dataset_is_not_trained_on_later(world: Copy) -> None:
+    """The model holds nothing of theirs now, and they have said that it shall not."""
+    first = world.dataset
+    with transaction(world.pool) as connection:
+        world.dataset = datasets.insert_dataset(
+            connection, name="other", shards=2, slices=2, classes=["no", "yes"], deletable=True, subject_row_cap=9
+        )
+    world.add({"elsewhere": ["else1"]})
+    request_id = world.ask("elsewhere")
+    steps.plan_targets(world.context, world.model_id)
+    assert world.shown(request_id) == ("completed", "no_match")
+    world.dataset = first
+    done = world.add({"elsewhere": ["else2"], "somebody": ["some1"]})
+    assert (done.accepted, done.skipped) == (1, 1)
+
+
 def test_weights_in_reserve_leave_memory_by_a_version_of_their_own(world: Copy) -> None:
     """A stage that is trained but not served is in replicas' memory: its deletion needs their answer as well."""
     steps.plan_targets(world.context, world.model_id)

@@ -1,7 +1,6 @@
 """Erasure of one target: weights, what was derived from them, and payloads (protocol.md section 6). No way back."""
 
 import time
-from datetime import UTC, datetime
 from uuid import UUID
 
 import structlog
@@ -11,7 +10,7 @@ from service.evidence.events import EventKind
 from service.store import barrier, cells, erasure, events, objects, payloads, targets
 from service.store.artifacts import LocalArtifacts
 from service.store.cells import Cell
-from service.store.database import Pool, retrying, transaction
+from service.store.database import Pool, get_time, retrying, transaction
 from service.store.objects import Object
 from shards.digest import sha256_hex
 from workers.context import Context
@@ -109,18 +108,18 @@ def destroy(
     request_id: UUID | None = None,
     model_id: int | None = None,
 ) -> None:
-    """Delete a doomed object, look whether it is absent, and record both times."""
+    """Delete a doomed object, look whether it is absent, and record when, by the clock that dates certificates."""
     artifacts.delete(doomed.object_name)
-    destroyed_at = datetime.now(UTC)
+    with transaction(pool) as connection:
+        gone_at = get_time(connection)  # after the deletion and before the look, so true of both
     if artifacts.exists(doomed.object_name):
         raise OSError("the artefact store still has an object after its deletion")
-    absent_at = datetime.now(UTC)
     with transaction(pool) as connection:
         objects.mark_destroyed(
             connection,
             doomed,
-            destroyed_at=destroyed_at,
-            absent_at=absent_at,
+            destroyed_at=gone_at,
+            absent_at=gone_at,
             request_id=request_id,
             model_id=model_id,
         )

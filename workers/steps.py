@@ -114,6 +114,7 @@ def _deactivate_in_pipeline(connection: Connection, model: Model, claimed: list[
     unmatched = [one.request_id for one in claimed if one.request_id not in set(matched)]
     if unmatched:
         _complete_unmatched(connection, model, unmatched)
+        targets.insert_do_not_train(connection, model.dataset_id, unmatched)  # of those who are known otherwise
     if not matched:
         return
     fresh = targets.insert_tombstones(connection, places)

@@ -101,6 +101,8 @@ def _attempt(context: Context, job: Job) -> tuple[S3T | None, bool]:
         error = type(failure).__name__
         log.warning("stage.attempt_failed", stage=job.stage_key, error=error)
     if error:
+        if engine is not None:
+            engine.clear()  # before Postgres is asked, which may be what is away
         _mark_tried(context, job, error)
     return engine, not error
 

@@ -54,7 +54,7 @@ class LocalArtifacts:
             raise ArtifactMissingError(name) from None
 
     def delete(self, name: str) -> None:
-        """Remove the object; one that is already gone is a success. An empty parent goes too."""
+        """Remove the object; one that is already gone is a success. What an interrupted `put` of it left goes, too."""
         path = self._path(name)
         path.unlink(missing_ok=True)
         if path.parent.is_dir():

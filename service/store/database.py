@@ -4,7 +4,8 @@ import random
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from datetime import datetime
+from typing import Any, LiteralString, TypeVar
 
 import psycopg
 from psycopg import errors
@@ -27,6 +28,7 @@ KEEPALIVE: dict[str, Any] = {
 }
 RETRYABLE = (errors.DeadlockDetected, errors.SerializationFailure, errors.LockNotAvailable)
 ATTEMPTS = 3
+NOW: LiteralString = "SELECT clock_timestamp()"
 
 
 def connect(url: str, *, autocommit: bool = False) -> Connection:
@@ -76,6 +78,12 @@ def transaction(pool: Pool) -> Generator[Connection]:
         raise UnavailableError(
             "Postgres does not answer; nothing was changed, or the change stands: read it again"
         ) from error
+
+
+def get_time(connection: Connection) -> datetime:
+    """The database's clock now: the one that every recorded time is of."""
+    (now,) = connection.execute(NOW).fetchall()[0]
+    return now
 
 
 def retrying(step: Callable[[], T]) -> T:
