@@ -25,9 +25,9 @@ class Assembly:
 
     recipe: str
     members: tuple[Member | None, ...]
-    """By shard; None is a shard without a clean stage."""
+    """By seat, which is a shard (of engine `ridge` a cell); None is one without a clean stage."""
     aggregation: str = "logits"
-    """`logits`: mean of the logits over live shards."""
+    """`logits`: mean over live shards. `merged`: one adapter of all shards' factors. `sums`: one solve of all cells."""
 
     @property
     def depths(self) -> tuple[int, ...]:

@@ -9,6 +9,26 @@ class RecipeError(ShardsError, ValueError):
     """A recipe that cannot be trained; the message names the field."""
 
 
+class ModuleError(RecipeError):
+    """The module of engine `sisa` cannot be imported or built, is not the recipe's, or does not fit the data."""
+
+
+class DivergedError(RecipeError):
+    """Training gave a loss or a weight that is not a number."""
+
+
+class CommandError(RecipeError):
+    """The training command of engine `external` is not allowed, failed, or wrote no valid artefact."""
+
+
+class MemoryShortageError(ShardsError):
+    """Memory ran out; the message says which fields to turn down."""
+
+
+class InputError(RecipeError):
+    """An input that no model of the recipe can read; the message holds nothing of it."""
+
+
 class ManifestMismatchError(ShardsError):
     """Records at hand are not the ones that the manifest commits to."""
 

@@ -19,11 +19,17 @@ class Record:
     """32 random bytes, kept beside the payload only and destroyed with it."""
     text: str
     label: str
+    """A class, a number in decimal digits, or the answer to a prompt: as the recipe's task reads it."""
+    image: bytes = b""
+    """The bytes of an image file, where the input is one."""
 
     @property
     def content_digest(self) -> bytes:
         """HMAC-SHA256 of the payload under the salt: without the salt even a short text cannot be guessed (rule 25)."""
-        return keyed(self.salt, canonical({"label": self.label, "text": self.text}))
+        body = {"label": self.label, "text": self.text}
+        if self.image:
+            body["image"] = sha256_hex(self.image)
+        return keyed(self.salt, canonical(body))
 
     @property
     def commitment(self) -> bytes:

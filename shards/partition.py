@@ -19,10 +19,19 @@ def dataset_key(partition_key: bytes, dataset_id: UUID) -> bytes:
     return keyed(partition_key, b"dataset", dataset_id.bytes)
 
 
-def cell_of(key: bytes, subject_id: UUID, *, shards: int, slices: int) -> Cell:
-    """The cell that all records owned by `subject_id` lie in, under the dataset's key."""
-    place = int.from_bytes(keyed(key, b"cell", subject_id.bytes), "big") % (shards * slices)
-    return Cell(shard=place // slices, slice=place % slices)
+def cell_of(key: bytes, subject_id: UUID, *, shards: int, slices: int, span: range | None = None) -> Cell:
+    """The cell that all records owned by `subject_id` lie in, under the dataset's key.
+
+    `span` are the slices of the subject's deletion prior, consecutive ones of `slices`; without it, all of them.
+
+    Raises:
+        ValueError: the span is empty or reaches outside of the slices.
+    """
+    among = range(slices) if span is None else span
+    if not among or among.step != 1 or not 0 <= among.start < among.stop <= slices:
+        raise ValueError(f"a prior's slices must be consecutive ones of 0..{slices - 1}, not {among}")
+    place = int.from_bytes(keyed(key, b"cell", subject_id.bytes), "big") % (shards * len(among))
+    return Cell(shard=place // len(among), slice=among[place % len(among)])
 
 
 def record_id_of(key: bytes, external_id: str) -> UUID:

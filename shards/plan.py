@@ -1,9 +1,10 @@
 """The plan of a deletion and of a rebuild: pure functions of what is live and which records are out."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
 from shards.assembly import Assembly, Member
+from shards.recipe import Recipe
 from shards.stages import CellRoot, Stage, chain
 
 Roots = Mapping[int, Mapping[int, str]]
@@ -18,37 +19,35 @@ def tainted(stages: Iterable[Stage], touched: AbstractSet[CellRoot]) -> frozense
     return frozenset(stage.key for stage in stages if stage.lineage & touched)
 
 
-def assemble(  # noqa: D417
-    recipe: str,
-    shards: int,
-    orders: Sequence[Sequence[int]],
-    live: Mapping[str, Stage],
-    digests: Mapping[str, str],
-    roots: Roots,
-) -> Assembly:
+def assemble(recipe: Recipe, live: Mapping[str, Stage], digests: Mapping[str, str], roots: Roots) -> Assembly:
     """The assembly that serves, given the clean stages alone: so a then b, b then a, or both at once agree.
 
-    Per shard the longest prefix wins, then the one that lacks fewest of today's records (stale manifests), then the
-    order's place in the recipe (stop-gap orders last), then the key. A stage stands only on live ancestors.
+    Per seat (a shard; of engine `ridge`, a cell) the longest prefix wins, then the one that lacks fewest of today's
+    records (stale manifests), then the order's place in the recipe (stop-gap orders last), then the key. A stage stands
+    only on live ancestors.
 
     Args:
+        recipe: the model's.
         live: clean stages with a live artefact, by key.
         digests: artefact digest by stage key.
+        roots: today's manifests.
     """
+    orders = recipe.slice_orders
     rank = {
         tuple(order[:depth]): i for i, order in reversed(list(enumerate(orders))) for depth in range(1, len(order) + 1)
     }
     best: dict[int, tuple[tuple[int, int, int, str], Stage]] = {}
     for stage in live.values():
-        if stage.recipe != recipe or ancestry(stage, live) is None:
+        if stage.recipe != recipe.digest or ancestry(stage, live) is None:
             continue
         current = roots[stage.shard]
         stale = sum(current[s] != root for s, root in zip(stage.prefix, stage.roots, strict=True))
         order = (-stage.depth, stale, rank.get(stage.prefix, len(orders)), stage.key)
-        if stage.shard not in best or order < best[stage.shard][0]:
-            best[stage.shard] = (order, stage)
-    members = [_member(best[shard][1], live, digests) if shard in best else None for shard in range(shards)]
-    return Assembly(recipe, tuple(members))
+        seat = recipe.seat(stage.shard, stage.prefix)
+        if seat not in best or order < best[seat][0]:
+            best[seat] = (order, stage)
+    members = [_member(best[seat][1], live, digests) if seat in best else None for seat in range(recipe.seats)]
+    return Assembly(recipe.digest, tuple(members), recipe.rule)
 
 
 def ancestry(stage: Stage, live: Mapping[str, Stage]) -> tuple[Stage, ...] | None:
@@ -66,20 +65,26 @@ def _member(stage: Stage, live: Mapping[str, Stage], digests: Mapping[str, str])
     return Member(stage.key, stage.prefix, tuple(digests[ancestor.key] for ancestor in line))
 
 
-def missing(recipe: str, orders: Sequence[Sequence[int]], roots: Roots, have: AbstractSet[str]) -> tuple[Stage, ...]:
+def missing(recipe: Recipe, roots: Roots, have: AbstractSet[str]) -> tuple[Stage, ...]:
     """Stages to train for full depth of every order on today's manifests, parents before children.
 
     `have` are the keys that are live or already queued.
     """
     wanted = (
-        stage for shard in sorted(roots) for order in orders for stage in chain(recipe, shard, order, roots[shard])
+        stage
+        for shard in sorted(roots)
+        for order in recipe.slice_orders
+        for stage in chain(recipe.digest, shard, order, roots[shard])
     )
     return tuple(dict.fromkeys(stage for stage in wanted if stage.key not in have))
 
 
-def canonical(assembly: Assembly, orders: Sequence[Sequence[int]], roots: Roots) -> bool:
+def canonical(assembly: Assembly, recipe: Recipe, roots: Roots) -> bool:
     """Whether the assembly is the one that training everything from nothing on today's manifests would serve."""
-    return all(
-        member is not None and member.stage == chain(assembly.recipe, shard, orders[0], roots[shard])[-1].key
-        for shard, member in enumerate(assembly.members)
-    )
+    first = recipe.slice_orders if recipe.engine == "ridge" else recipe.slice_orders[:1]
+    wanted = {
+        recipe.seat(shard, order): chain(recipe.digest, shard, order, roots[shard])[-1].key
+        for shard in roots
+        for order in first
+    }
+    return all(member is not None and member.stage == wanted[seat] for seat, member in enumerate(assembly.members))

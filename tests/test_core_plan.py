@@ -6,26 +6,41 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.assembly import Assembly
-from shards.orders import cyclic
 from shards.plan import ancestry, assemble, canonical, missing, tainted
+from shards.recipe import Recipe
 from shards.stages import CellRoot, Stage, chain
 
 Hit = tuple[int, int]
+
+
+def recipe(shards: int, slices: int, orders: int, engine: str = "s3t") -> Recipe:
+    return Recipe.from_json(
+        {
+            "backbone": {"source": "/somewhere", "digest": "d" * 64},
+            "classes": ["no", "yes"],
+            "shards": shards,
+            "slices": slices,
+            "orders": orders,
+            "engine": engine,
+        }
+    )
 
 
 @dataclass
 class Ledger:
     """Stages and manifests as values: training is a digest of the key."""
 
-    shards: int
-    slices: int
-    budget: int
+    recipe: Recipe
     version: dict[Hit, int] = field(default_factory=dict)
     live: dict[str, Stage] = field(default_factory=dict)
 
     @property
-    def orders(self) -> tuple[tuple[int, ...], ...]:
-        return cyclic(self.slices, self.budget)
+    def shards(self) -> int:
+        return self.recipe.shards
+
+    @property
+    def slices(self) -> int:
+        return self.recipe.slices
 
     @property
     def roots(self) -> dict[int, dict[int, str]]:
@@ -35,7 +50,7 @@ class Ledger:
         return f"root-{shard}-{piece}-{self.version.get((shard, piece), 0)}"
 
     def train(self) -> None:
-        self.live |= {stage.key: stage for stage in missing("recipe", self.orders, self.roots, self.live.keys())}
+        self.live |= {stage.key: stage for stage in missing(self.recipe, self.roots, self.live.keys())}
 
     def delete(self, hits: Iterable[Hit]) -> set[CellRoot]:
         touched = {CellRoot(s, p, f"root-{s}-{p}-{v}") for s, p in hits for v in range(self.version.get((s, p), 0) + 1)}
@@ -47,13 +62,13 @@ class Ledger:
 
     def assembly(self) -> Assembly:
         digests = {key: f"artefact of {key}" for key in self.live}
-        return assemble("recipe", self.shards, self.orders, self.live, digests, self.roots)
+        return assemble(self.recipe, self.live, digests, self.roots)
 
 
 @st.composite
 def ledgers(draw: st.DrawFn) -> Ledger:
     slices = draw(st.integers(1, 4))
-    ledger = Ledger(draw(st.integers(1, 3)), slices, draw(st.integers(1, slices)))
+    ledger = Ledger(recipe(draw(st.integers(1, 3)), slices, draw(st.integers(1, slices))))
     ledger.train()
     return ledger
 
@@ -100,7 +115,10 @@ def test_the_longest_clean_prefix_serves(ledger: Ledger, data: st.DataObject) ->
     ledger.delete(hit)
     for shard, depth in enumerate(ledger.assembly().depths):
         dirty = {piece for s, piece in hit if s == shard}
-        clean = [next((i for i, piece in enumerate(order) if piece in dirty), ledger.slices) for order in ledger.orders]
+        clean = [
+            next((i for i, piece in enumerate(order) if piece in dirty), ledger.slices)
+            for order in ledger.recipe.slice_orders
+        ]
         assert depth == max(clean)
 
 
@@ -108,36 +126,36 @@ def test_the_longest_clean_prefix_serves(ledger: Ledger, data: st.DataObject) ->
 def test_missing_names_parents_first_and_rebuilding_it_is_canonical(ledger: Ledger, data: st.DataObject) -> None:
     ledger.delete(data.draw(hits(ledger)))
     known = set(ledger.live)
-    for stage in missing("recipe", ledger.orders, ledger.roots, known):
+    for stage in missing(ledger.recipe, ledger.roots, known):
         assert stage.key not in known
         assert stage.parent is None or stage.parent in known
         known.add(stage.key)
     ledger.train()
-    assert canonical(ledger.assembly(), ledger.orders, ledger.roots)
-    assert missing("recipe", ledger.orders, ledger.roots, ledger.live.keys()) == ()
+    assert canonical(ledger.assembly(), ledger.recipe, ledger.roots)
+    assert missing(ledger.recipe, ledger.roots, ledger.live.keys()) == ()
 
 
 def test_a_stage_without_its_parent_does_not_serve() -> None:
-    ledger = Ledger(1, 3, 1)
+    ledger = Ledger(recipe(1, 3, 1))
     ledger.train()
     first = next(stage for stage in ledger.live.values() if stage.depth == 1)
     del ledger.live[first.key]
     assert ledger.assembly().depths == (0,)
-    assert not canonical(ledger.assembly(), ledger.orders, ledger.roots)
+    assert not canonical(ledger.assembly(), ledger.recipe, ledger.roots)
 
 
 def test_of_two_stages_of_one_prefix_the_fresher_serves() -> None:
-    ledger = Ledger(1, 2, 1)
+    ledger = Ledger(recipe(1, 2, 1))
     ledger.train()
     ledger.version[0, 1] = 1  # records came in; nothing is tainted
     ledger.train()
     member = ledger.assembly().members[0]
     assert member is not None
-    assert member.stage == chain("recipe", 0, (0, 1), ledger.roots[0])[-1].key
+    assert member.stage == chain(ledger.recipe.digest, 0, (0, 1), ledger.roots[0])[-1].key
 
 
 def test_an_assembly_survives_json() -> None:
-    ledger = Ledger(2, 2, 2)
+    ledger = Ledger(recipe(2, 2, 2))
     ledger.train()
     ledger.delete({(1, 0), (1, 1)})
     body = ledger.assembly()
@@ -158,3 +176,20 @@ def test_a_chain_is_linked_by_keys() -> None:
     assert [stage.parent for stage in stages] == [None, stages[0].key, stages[1].key]
     assert [stage.roots for stage in stages] == [("c",), ("c", "a"), ("c", "a", "b")]
     assert stages[1].lineage == {CellRoot(0, 2, "c"), CellRoot(0, 0, "a")}
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.data())
+def test_of_engine_ridge_every_clean_cell_serves(shards: int, slices: int, data: st.DataObject) -> None:
+    ledger = Ledger(recipe(shards, slices, 1, "ridge"))
+    ledger.train()
+    assert canonical(ledger.assembly(), ledger.recipe, ledger.roots)
+    gone = data.draw(hits(ledger))
+    ledger.delete(gone)
+    served = ledger.assembly()
+    assert served.aggregation == "sums"
+    assert [member is None for member in served.members] == [
+        (shard, piece) in gone for shard in range(shards) for piece in range(slices)
+    ]
+    assert canonical(served, ledger.recipe, ledger.roots) == (not gone)
+    ledger.train()
+    assert canonical(ledger.assembly(), ledger.recipe, ledger.roots)

@@ -51,7 +51,23 @@ def test_all_else_changes_the_digest(change: dict[str, Any]) -> None:
         ({"shards": True}, "recipe.shards"),
         ({"shards": "4"}, "recipe.shards"),
         ({"slices": 2.0}, "recipe.slices"),
-        ({"orders": 4}, "orders"),
+        ({"orders": 7}, "orders"),
+        ({"engine": "ridge", "orders": 2}, "orders"),
+        ({"engine": "external"}, "command"),
+        ({"engine": "sisa", "ridge": {}}, "ridge"),
+        ({"engine": "ridge", "ridge": {"clip": 0.0}}, "ridge"),
+        ({"task": "regression"}, "classes"),
+        ({"task": "regression", "classes": [], "scale": {"spread": 0.0}}, "scale"),
+        ({"scale": {}}, "scale"),
+        ({"input": "vector"}, "input"),
+        ({"backbone": None}, "backbone"),
+        ({"aggregation": "merged", "engine": "ridge"}, "aggregation"),
+        ({"tuned_on": "deletable"}, "tuned_on"),
+        ({"prior": [{"name": "a", "rate": 1, "slices": 2}]}, "prior"),
+        ({"prior": [{"name": "a", "rate": 1, "slices": 1}, {"name": "a", "rate": 1, "slices": 2}]}, "prior"),
+        ({"prior": [{"name": "a", "rate": "often", "slices": 3}]}, r"recipe.prior\[0\].rate"),
+        ({"prior": {"a": 1}}, "recipe.prior must be a list"),
+        ({"module": {"path": "a:B", "digest": "d", "arguments": []}}, "recipe.module.arguments"),
         ({"classes": ["one"]}, "classes"),
         ({"classes": ["one", "one"]}, "classes"),
         ({"classes": "no"}, "recipe.classes"),
@@ -61,6 +77,21 @@ def test_all_else_changes_the_digest(change: dict[str, Any]) -> None:
         ({"learning_rate": 0}, "learning rates"),
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"lora": {"dropout": 1.0}}, "lora"),
+        ({"lora": {"alpha": 0}}, "lora needs a rank and an alpha"),
+        ({"engine": "sisa", "orders": 1, "trunk_layers": 3}, "trunk_layers"),
+        ({"engine": "ridge", "orders": 1, "trunk_layers": 3}, "trunk_layers"),
+        ({"seed": 2**53}, "recipe has no digest"),
+        ({"classes": ["no", "\ud800"]}, "recipe has no digest"),
+        (
+            {
+                "engine": "sisa",
+                "orders": 1,
+                "backbone": None,
+                "input": "vector",
+                "module": {"path": "a:B", "digest": "d", "width": 1, "arguments": {"n": float("nan")}},
+            },
+            "recipe has no digest",
+        ),
         ({"lora": {"ranks": 8}}, "recipe.lora has no field 'ranks'"),
         ({"lora": 8}, "recipe.lora must be an object"),
         ({"colour": "red"}, "no field 'colour'"),
@@ -85,3 +116,11 @@ def test_rotations_are_orders_with_distinct_first_slices(slices: int, data: st.D
     for position in range(slices):  # a Latin rectangle: no slice twice at a position
         assert len({order[position] for order in orders}) == budget
     assert all(sorted(order) == list(range(slices)) for order in orders)
+
+
+def test_fields_that_came_later_leave_older_digests_as_they_were() -> None:
+    assert RECIPE.digest == "d7f5c50e884e91da5147843b57bcf50b5cf8c073383801ed776e8f86e2e9b687"
+    assert "task" not in RECIPE.to_json()
+    spelt_out = RECIPE.to_json() | {"task": "classification", "prior": [], "device": None}
+    assert Recipe.from_json(spelt_out).digest == RECIPE.digest
+    assert Recipe.from_json(RECIPE.to_json() | {"aggregation": "merged"}).digest != RECIPE.digest

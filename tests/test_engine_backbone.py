@@ -84,36 +84,36 @@ def test_few_rows_are_filled_up_outside_the_layers() -> None:
 def test_injected_equals_full_forward(tmp_path: Path, precision: str) -> None:
     found = Backbone.load(tiny_recipe(tiny_backbone(tmp_path), precision=precision))
     window = Window(found.replica(), found.layers, as_tuple=found.as_tuple)
-    tokens = found.pad(found.token_ids(["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]), 16)
+    batch = found.collate(found.encode(["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]), 16)
     with torch.no_grad(), found.autocast():
-        full = window.logits(tokens)
-        states = window.states(tokens, [0, 1, 2, 3])
+        full = window.logits(batch)
+        states = window.states(batch, [0, 1, 2, 3])
         for boundary, hidden in states.items():
-            assert same_bits(window.logits(tokens, boundary, hidden), full)
-            upwards = window.states(tokens, [3], boundary, hidden)[3]
+            assert same_bits(window.logits(batch, boundary, hidden), full)
+            upwards = window.states(batch, [3], boundary, hidden)[3]
             assert same_bits(upwards, states[3])
-        assert same_bits(window.logits(tokens), full)
+        assert same_bits(window.logits(batch), full)
 
 
 def test_matrices_that_depend_on_rows_are_multiplied_one_sequence_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = Backbone.load(tiny_recipe(tiny_backbone(tmp_path)))
-    tokens = found.pad(found.token_ids(["w1 w2 w3", "w4"]), 16)
+    batch = found.collate(found.encode(["w1 w2 w3", "w4"]), 16)
     with torch.no_grad():
-        plain = found.model(input_ids=tokens.ids, attention_mask=tokens.mask).logits
+        plain = found.model(**batch.inputs).logits
         monkeypatch.setattr(module, "depends_on_rows", lambda linear, *_: linear.in_features == 64)
         pure = found.pure_replica([16], 8)
         kinds = {name for name, part in pure.named_modules() if isinstance(part, SequenceLinear)}
         assert kinds == {f"bert.encoder.layer.{index}.output.dense" for index in range(4)}
-        torch.testing.assert_close(pure(input_ids=tokens.ids, attention_mask=tokens.mask).logits, plain)
+        torch.testing.assert_close(pure(**batch.inputs).logits, plain)
 
 
 def test_texts_are_cut_and_padded_on_the_right(tmp_path: Path) -> None:
     found = Backbone.load(tiny_recipe(tiny_backbone(tmp_path), max_tokens=8))
-    ids = found.token_ids(["w1", "w1 " * 50])
-    assert [len(row) for row in ids] == [3, 8]
-    tokens = found.pad(ids, 8)
-    assert tokens.mask.sum(1).tolist() == [3, 8]
-    assert tokens.ids[0, 3:].tolist() == [0] * 5
-    assert found.token_ids([]) == []
+    encoded = found.encode(["w1", "w1 " * 50])
+    assert [found.length(each) for each in encoded] == [3, 8]
+    batch = found.collate(encoded, 8)
+    assert batch.inputs["attention_mask"].sum(1).tolist() == [3, 8]
+    assert batch.inputs["input_ids"][0, 3:].tolist() == [0] * 5
+    assert found.encode([]) == []

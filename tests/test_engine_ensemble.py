@@ -1,18 +1,27 @@
+import dataclasses
+import gc
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import WORDS, World, tiny_backbone, tiny_recipe, tiny_records
+from torch import Tensor
 
 from shards.assembly import Assembly
+from shards.digest import sha256_hex
 from shards.engine.backbone import Backbone
 from shards.engine.determinism import prepare
 from shards.engine.ensemble import Ensemble, Monolithic, StageTensors, stage_logits
+from shards.engine.inputs import buckets
+from shards.engine.routed import Member
 from shards.engine.s3t import S3T
-from shards.engine.skeleton import Skeleton, buckets
+from shards.engine.skeleton import Pass, Skeleton
+from shards.engine.stacked import StackedReader
 from shards.errors import ArtifactDigestError, RecipeError, ShardsError
 from shards.logits import mean_of_logits
+from shards.stages import chain
 
 pytestmark = pytest.mark.golden
 TEXTS = [" ".join(WORDS[(7 * row + word) % 96] for word in range(1 + (5 * row) % 40)) for row in range(37)]
@@ -133,6 +142,55 @@ def test_an_assembly_must_mean_the_artefacts_it_names(served: Served) -> None:
     ):
         with pytest.raises(ArtifactDigestError):
             Ensemble(served.skeleton, served.tensors, Assembly(served.assembly.recipe, (wrong, second, third)))
+
+
+def test_an_ancestor_on_other_records_is_not_the_one_that_is_meant(served: Served) -> None:
+    """Under the same slices: as the stage was before a deletion."""
+    first, second, third = served.assembly.members
+    assert first is not None
+    other = chain(served.skeleton.digest, 0, first.prefix, dict.fromkeys(first.prefix, "0" * 64))[0]
+    data = served.world.engine.train(other, [], [])
+    tensors = StageTensors(served.skeleton.recipe)
+    for digest, artifact in (*served.world.artifacts.items(), (sha256_hex(data), data)):
+        tensors.add(digest, artifact)
+    wrong = type(first)(first.stage, first.prefix, (sha256_hex(data), *first.artifacts[1:]))
+    with pytest.raises(ArtifactDigestError, match="stands on"):
+        Ensemble(served.skeleton, tensors, Assembly(served.assembly.recipe, (wrong, second, third)))
+
+
+def test_a_merged_adapter_is_watched_until_it_is_gone(served: Served) -> None:
+    """It is a copy: the artefacts' own tensors may be gone while it still answers."""
+    reader = StackedReader(served.skeleton.recipe, served.skeleton.backbone)
+    for digest, data in served.world.artifacts.items():
+        reader.load(digest, data)
+    assembly = Assembly(served.assembly.recipe, served.assembly.members, "merged")
+    ensembles = [reader.build(assembly) for _ in range(2)]
+    watched = reader.drop(reader.held())
+    assert any(reference() is not None for reference in watched)
+    ensembles.pop()
+    assert any(reference() is not None for reference in watched)
+    ensembles.pop()
+    gc.collect()
+    assert not any(reference() is not None for reference in watched)
+
+
+@pytest.mark.parametrize("aggregation", ["logits", "merged"])
+def test_the_probe_meets_every_size_of_a_pass_and_the_widest_adapter(
+    served: Served, aggregation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[tuple[int, int]] = set()
+    inner = Skeleton._upper
+
+    def spied(self: Skeleton, members: Sequence[Member], given: Pass) -> list[Tensor]:
+        rank = max(down.shape[0] for down, _ in members[0].lora.values())
+        seen.add((given.batch.rows, rank))
+        return inner(self, members, given)
+
+    monkeypatch.setattr(Skeleton, "_upper", spied)
+    recipe = dataclasses.replace(served.skeleton.recipe, aggregation=aggregation)
+    Skeleton(recipe, served.skeleton.backbone)
+    rank = recipe.lora.rank * (recipe.shards if aggregation == "merged" else 1)
+    assert {(rows, rank) for rows in (1, 2, 4, 8, 16, 32)} <= seen
 
 
 def test_discarded_tensors_are_gone(served: Served) -> None:

@@ -14,8 +14,9 @@ from tiny import manifest_root, tiny_backbone, tiny_recipe, tiny_record, tiny_re
 from shards.digest import sha256_hex
 from shards.engine.artifacts import decode, decode_verified, encode
 from shards.engine.determinism import prepare
+from shards.engine.interface import check_lineage
 from shards.engine.replay import compare, replay
-from shards.engine.s3t import S3T, check_lineage
+from shards.engine.s3t import S3T
 from shards.errors import ArtifactDigestError, ManifestMismatchError, RecipeError, ReplayMismatchError, ShardsError
 from shards.manifest import Record
 from shards.recipe import Lora
@@ -189,8 +190,10 @@ def test_progress_counts_every_step(engine: S3T) -> None:
 
 
 def test_an_undeclared_label_is_refused(engine: S3T) -> None:
-    with pytest.raises(RecipeError, match="maybe"):
+    """In words that do not quote it: it is payload."""
+    with pytest.raises(RecipeError, match=r"label is not among \['no', 'yes'\]") as caught:
         engine.train(stages_of(engine, CELLS)[0], [tiny_record("q", label="maybe")], [])
+    assert "maybe" not in str(caught.value)
 
 
 def test_a_stage_of_another_recipe_is_refused(engine: S3T) -> None:
@@ -205,6 +208,19 @@ def test_parents_must_be_the_stages_own(engine: S3T) -> None:
     for parents in ([], [strange], [second], [first, second]):
         with pytest.raises(ArtifactDigestError, match="ancestors"):
             engine.train(stage, CELLS[0], parents)
+
+
+def test_each_ancestor_must_stand_on_the_one_before(engine: S3T) -> None:
+    """Also one far up the chain, of the same slices and manifests under another recipe."""
+    deep = S3T(dataclasses.replace(engine.recipe, slices=3, orders=1), engine.backbone)
+    cells: dict[int, list[Record]] = CELLS | {2: []}
+    stages = stages_of(deep, cells, (0, 1, 2))
+    first = deep.train(stages[0], CELLS[0], [])
+    second = deep.train(stages[1], CELLS[0] + CELLS[1], [first])
+    artifact = decode(first)
+    strange = encode(dataclasses.replace(artifact.stage, recipe="0" * 64), artifact.tensors)
+    with pytest.raises(ArtifactDigestError, match="ancestors"):
+        deep.train(stages[2], CELLS[0] + CELLS[1], [strange, second])
 
 
 def test_lineage_is_checked_per_slice(engine: S3T) -> None:

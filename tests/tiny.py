@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from shards.assembly import Assembly
 from shards.digest import sha256_hex
 from shards.engine.files import backbone_digest
-from shards.engine.s3t import S3T, check_lineage
+from shards.engine.interface import Trainer, check_lineage
 from shards.manifest import Manifest, Record
 from shards.plan import ancestry, assemble, missing, tainted
 from shards.recipe import Backbone, Lora, Recipe
@@ -24,24 +24,29 @@ from shards.stages import CellRoot, Stage
 WORDS = tuple(f"w{number}" for number in range(96))
 
 
-def tiny_backbone(
-    directory: Path, *, layers: int = 4, width: int = 32, inner: int = 64, max_tokens: int = 64
-) -> Backbone:
-    """Save a random BERT and its tokenizer; the same files for the same sizes."""
+def tiny_tokenizer(*, completion: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words; for completion it puts a start token before a text, and knows an end token."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     plain.normalizer = normalizers.Lowercase()
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     plain.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A" if completion else "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ends = {"bos_token": "[CLS]", "eos_token": "[SEP]"} if completion else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", **ends
     )
-    tokenizer.save_pretrained(directory)
+
+
+def tiny_backbone(
+    directory: Path, *, layers: int = 4, width: int = 32, inner: int = 64, max_tokens: int = 64
+) -> Backbone:
+    """Save a random BERT and its tokenizer; the same files for the same sizes."""
+    tiny_tokenizer().save_pretrained(directory)
     config = BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=4 + len(WORDS),
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=2,
@@ -86,7 +91,7 @@ def tiny_records(count: int, tag: str = "r") -> list[Record]:
 class World:
     """One model in memory: cells, stages and artefacts, with the deletion and rebuild of the real service."""
 
-    def __init__(self, engine: S3T, cells: Mapping[tuple[int, int], Sequence[Record]]) -> None:
+    def __init__(self, engine: Trainer, cells: Mapping[tuple[int, int], Sequence[Record]]) -> None:
         self.engine = engine
         self.recipe = engine.recipe
         self.cells = {cell: list(records) for cell, records in cells.items()}
@@ -104,8 +109,7 @@ class World:
         return grid
 
     def rebuild(self) -> None:
-        orders = self.recipe.slice_orders
-        for stage in missing(self.recipe.digest, orders, self.roots, self.live.keys()):
+        for stage in missing(self.recipe, self.roots, self.live.keys()):
             parents = [
                 self.artifacts[self.digests[s.key]]
                 for s in (ancestry(stage, self.live | {stage.key: stage}) or ())[:-1]
@@ -119,13 +123,12 @@ class World:
         touched = {root for root, ids in self.manifests.items() if ids & gone}
         for key in tainted(self.live.values(), touched):
             del self.artifacts[self.digests.pop(key)], self.live[key]
-        self.engine.trunk.forget(gone)
+        self.engine.forget(gone)
         self.cells = {cell: [r for r in rs if r.record_id not in gone] for cell, rs in self.cells.items()}
         self._remember()
 
     def assembly(self) -> Assembly:
-        recipe = self.recipe
-        return assemble(recipe.digest, recipe.shards, recipe.slice_orders, self.live, self.digests, self.roots)
+        return assemble(self.recipe, self.live, self.digests, self.roots)
 
     def _remember(self) -> None:
         for (shard, piece), records in self.cells.items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shards.digest import sha256_hex
 from shards.engine.artifacts import Artifact
 from shards.engine.backbone import Backbone
+from shards.engine.structure import targets
 from shards.errors import RecipeError, ShardsError
 from shards.recipe import Recipe
 
@@ -90,22 +91,21 @@ class Adapters:
 
     def _place(self, recipe: Recipe) -> Any:
         backbone, lora = self._backbone, recipe.lora
+        model = backbone.replica()
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
-            target_modules=list(lora.targets),
+            target_modules=list(targets(model, backbone.layers, recipe, self._floor)),
             lora_dropout=lora.dropout,
             use_rslora=lora.rslora,
-            layers_to_transform=list(range(self._floor, backbone.depth)),
-            layers_pattern=backbone.layers.rpartition(".")[2],
-            modules_to_save=list(backbone.heads),
+            modules_to_save=list(backbone.heads) or None,
         )
-        model = backbone.replica()
         # torch's fused attention is four times slower than this on CPU, backwards in bf16.
         model.set_attn_implementation("eager")
         try:
             with warnings.catch_warnings():  # peft asks for a property that transformers has renamed
                 warnings.simplefilter("ignore", FutureWarning)
+                warnings.filterwarnings("ignore", "fan_in_fan_out")  # it sees a Conv1D and says so
                 return get_peft_model(model, config).base_model.model
         except ValueError as error:
             raise RecipeError(f"lora.targets {list(lora.targets)} do not fit the backbone: {error}") from None

@@ -69,15 +69,20 @@ def decode(data: bytes) -> Artifact:
     return Artifact(stage, tensors)
 
 
-def decode_verified(data: bytes, digest: str) -> Artifact:
-    """Parse artefact bytes after checking that they are the ones the digest promises.
+def decode_verified(data: bytes, digest: str, recipe: str | None = None) -> Artifact:
+    """Parse artefact bytes after checking that they are the ones the digest promises; and of which recipe, if given.
 
     Raises:
-        ArtifactDigestError: other bytes.
+        ArtifactDigestError: other bytes, or an artefact of another recipe.
     """
     if (found := sha256_hex(data)) != digest:
         raise ArtifactDigestError(
             f"artefact has digest {found[:12]}, {digest[:12]} was promised: the file is damaged or "
             "replaced; do not serve it, restore it or train the stage again"
         )
-    return decode(data)
+    artifact = decode(data)
+    if recipe is not None and artifact.stage.recipe != recipe:
+        raise ArtifactDigestError(
+            f"artefact {digest[:12]} is of recipe {artifact.stage.recipe[:12]}, not of the model's"
+        )
+    return artifact

@@ -4,37 +4,45 @@ every use.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from shards.engine.files import backbone_digest, locate
+from shards.engine.inputs import Codec, Encoded, Images, Texts
+from shards.engine.interface import Input, inputs_of
 from shards.engine.linears import SequenceLinear, depends_on_rows, exchange, pin
-from shards.engine.window import Tokens
+from shards.engine.memory import is_shortage
+from shards.engine.prompts import Prompts
+from shards.engine.structure import check_blocks, check_missing, heads, layer_list
+from shards.engine.window import Batch
 from shards.errors import BackboneError
+from shards.manifest import Record
 from shards.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A classifier on the backbone: weights shared by all replicas, head not yet trained."""
+    """A model on the backbone: weights shared by all replicas, head not yet trained."""
 
     model: nn.Module = field(repr=False)
-    tokenizer: Any = field(repr=False)
+    codec: Codec = field(repr=False)
+    """How inputs become rows."""
     layers: str
     """Path of the list of transformer layers."""
     depth: int
     """Number of layers D."""
     heads: tuple[str, ...]
-    """Paths of the modules that are trained beside the adapters (`classifier`, `score`, ...)."""
+    """Paths of the modules that are trained beside the adapters (`classifier`, `score`, ...); none for completion."""
     as_tuple: bool
     """Whether a layer returns a tuple."""
-    max_tokens: int
+    outputs: int
+    """Logits per answer: classes, 1, or the vocabulary."""
     precision: torch.dtype
     device: torch.device
 
@@ -43,41 +51,32 @@ class Backbone:
         """Load the recipe's backbone, refusing any other.
 
         Raises:
-            BackboneError: absent, of another digest, incomplete, or with too few layers for the recipe's
-                slices.
+            BackboneError: absent, of another digest, incomplete, of an unknown structure, or with too few layers for
+                the recipe's slices.
+            RecipeError: the recipe's blocks or limits do not fit it.
         """
-        directory = locate(recipe.backbone.source)
-        if (found := backbone_digest(directory)) != recipe.backbone.digest:
+        directory = locate(recipe.pretrained.source)
+        if (found := backbone_digest(directory)) != recipe.pretrained.digest:
             raise BackboneError(
                 f"the backbone in {directory} has digest {found[:12]}, the recipe names "
-                f"{recipe.backbone.digest[:12]}: put the recipe's files there, or train anew on "
+                f"{recipe.pretrained.digest[:12]}: put the recipe's files there, or train anew on "
                 "these under a new recipe"
             )
-        model, missing = _read(directory, len(recipe.classes))
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        _set_padding(model, tokenizer)
-        layers, depth = _layer_list(model)
-        if recipe.slices * recipe.layers_per_slice > depth:
-            raise BackboneError(
-                f"{recipe.slices} slices of {recipe.layers_per_slice} layers need more than the backbone's "
-                f"{depth} layers: lower slices or layers_per_slice"
-            )
-        heads = _heads(model, missing, layers)
+        model, missing = _read(directory, recipe)
+        codec = _codec(directory, recipe, model, torch.device(device))
+        layers, depth = layer_list(model)
+        check_blocks(recipe, depth)
+        if recipe.task == "completion":
+            check_missing(missing)
+            own, outputs = (), _vocabulary(model)
+        else:
+            own, outputs = heads(model, missing, layers), recipe.outputs
         precision = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
         pin(model, layers, precision)
         model.to(device).eval().requires_grad_(requires_grad=False)
-        as_tuple = _returns_tuple(model, layers, torch.device(device))
-        return cls(
-            model,
-            tokenizer,
-            layers,
-            depth,
-            heads,
-            as_tuple,
-            recipe.max_tokens,
-            precision,
-            torch.device(device),
-        )
+        where = torch.device(device)
+        made = cls(model, codec, layers, depth, own, as_tuple=False, outputs=outputs, precision=precision, device=where)
+        return replace(made, as_tuple=_first_run(made))
 
     def replica(self) -> Any:
         """A module tree of its own over the same weight memory: replace modules in it at will, never write
@@ -116,87 +115,113 @@ class Backbone:
         rest = name.removeprefix(self.layers + ".")
         return None if rest == name else int(rest.split(".", 1)[0])
 
-    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, cut to `max_tokens`; a function of each text alone."""
-        if not texts:
-            return []
-        return self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"]
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Sequence lengths that the layers see; the last is the longest."""
+        return self.codec.lengths
 
-    def pad(self, ids: Sequence[Sequence[int]], length: int) -> Tokens:
-        """Token ids as tensors, filled up on the right to exactly `length`."""
-        filler = self.tokenizer.pad_token_id
-        rows = [[*row, *[filler] * (length - len(row))] for row in ids]
-        mask = [[1] * len(row) + [0] * (length - len(row)) for row in ids]
-        return Tokens(torch.tensor(rows, device=self.device), torch.tensor(mask, device=self.device))
+    def encode(self, inputs: Sequence[Input]) -> list[Encoded]:
+        """Each input as the model takes it: token ids cut to `max_tokens`, or pixels; a function of it alone.
+
+        Raises:
+            RecipeError: an input is not what the recipe says.
+        """
+        return self.codec.encode(inputs)
+
+    def examples(self, recipe: Recipe, records: Sequence[Record]) -> list[Encoded]:
+        """What is trained on, of each record: its input, with the answer where the task is completion.
+
+        Raises:
+            RecipeError: an input is not what the recipe says.
+        """
+        if isinstance(self.codec, Prompts):
+            return self.codec.pairs(records)
+        return self.codec.encode(inputs_of(recipe, records))
+
+    def length(self, encoded: Encoded) -> int:
+        """Sequence length of an input by itself; the same for all images."""
+        return self.codec.length(encoded)
+
+    def collate(self, encoded: Sequence[Encoded], length: int) -> Batch:
+        """Inputs side by side, each filled up to exactly `length` on the right."""
+        return self.codec.collate(encoded, length)
+
+    def made_up(self, rows: int, length: int) -> Batch:
+        """Made-up inputs of all lengths up to `length`, some of them full, the same in every process."""
+        return self.codec.collate(self.codec.made_up(rows, length), length)
 
 
-def _read(directory: Path, classes: int) -> tuple[nn.Module, set[str]]:
+def _read(directory: Path, recipe: Recipe) -> tuple[Any, set[str]]:
+    """The model and the names of weights that its files lack."""
+    kind: Any = AutoModelForSequenceClassification
+    own: dict[str, Any] = {"num_labels": recipe.outputs, "ignore_mismatched_sizes": True}
+    if recipe.task == "completion":
+        kind, own = AutoModelForCausalLM, {}
+    elif recipe.input == "image":
+        kind = AutoModelForImageClassification
     transformers.logging.disable_progress_bar()
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # a table of "newly initialised" weights: the head, as meant
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = kind.from_pretrained(
             directory,
-            num_labels=classes,
             local_files_only=True,
             use_safetensors=True,
             dtype=torch.float32,
             output_loading_info=True,
+            **own,
         )
     except (OSError, ValueError) as error:
-        raise BackboneError(f"{directory} cannot be loaded as a sequence classifier: {error}") from None
+        raise BackboneError(f"{directory} cannot be loaded as {kind.__name__}: {error}") from None
     finally:
         transformers.logging.set_verbosity(verbosity)
     model.config.use_cache = False
-    return model, set(info["missing_keys"])
+    return model, set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
 
 
-def _set_padding(model: Any, tokenizer: Any) -> None:
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:
-        raise BackboneError("the backbone's tokenizer has neither a padding nor an end token; add one to its files")
-    model.config.pad_token_id = tokenizer.pad_token_id
+def _vocabulary(model: Any) -> int:
+    if (last := model.get_output_embeddings()) is None:
+        raise BackboneError(f"{type(model).__name__} names no output embeddings, so it cannot complete a text")
+    return last.out_features
 
 
-def _layer_list(model: Any) -> tuple[str, int]:
-    config = model.config
-    depth = next(
-        (getattr(config, name) for name in ("num_hidden_layers", "n_layer", "n_layers") if hasattr(config, name)),
-        0,
-    )
-    found = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and len({type(layer) for layer in module}) == 1
-    ]
-    if len(found) != 1:
-        raise BackboneError(
-            f"expected one list of {depth} like layers in {type(model).__name__}, found {found or 'none'}"
-        )
-    return found[0], depth
+def _codec(directory: Path, recipe: Recipe, model: Any, device: torch.device) -> Codec:
+    if recipe.input == "image":
+        return Images(directory, device)
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    codec = (Prompts if recipe.task == "completion" else Texts)(directory, recipe, vocabulary, device)
+    model.config.pad_token_id = codec.tokenizer.pad_token_id
+    return codec
 
 
-def _heads(model: Any, missing: set[str], layers: str) -> tuple[str, ...]:
-    """Trained modules: those beside the base model, and those in it that the weight files do not hold (a new
-    pooler).
+def _first_run(backbone: Backbone) -> bool:
+    """Run the model once at full length: whether its layers return tuples; for images, how long their sequences are.
+
+    Raises:
+        BackboneError: it does not run, or its layers do not keep one row per input.
     """
-    base = model.base_model_prefix
-    beside = {name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())}
-    inside = {".".join(name.split(".")[:2]) for name in missing if name.startswith(base + ".")}
-    lost = sorted(name for name in missing if name.startswith((layers + ".", f"{base}.embeddings.")))
-    if lost:
-        raise BackboneError(f"the backbone's weight files lack {lost[0]}; save the whole model again")
-    if not beside:
-        raise BackboneError(f"{type(model).__name__} has no head beside {base!r}")
-    return tuple(sorted(beside | inside))
-
-
-def _returns_tuple(model: Any, layers: str, device: torch.device) -> bool:
-    kinds: list[type] = []
-    hook = model.get_submodule(layers)[0].register_forward_hook(lambda _m, _a, output: kinds.append(type(output)))
-    ids = torch.full((1, 8), model.config.pad_token_id, device=device)
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    hook.remove()
-    return issubclass(kinds[0], tuple)
+    seen: list[tuple[Any, Any]] = []
+    layers: Any = backbone.model.get_submodule(backbone.layers)
+    hook = layers[0].register_forward_hook(lambda _m, _a, output: seen.append((type(output), output)))
+    longest = backbone.lengths[-1]
+    try:
+        with torch.no_grad(), backbone.autocast():
+            backbone.model(**backbone.made_up(3, longest).inputs)
+    except (IndexError, RuntimeError, ValueError, TypeError) as error:
+        if is_shortage(error):
+            raise
+        raise BackboneError(
+            f"the backbone does not run on inputs of {longest} tokens ({error}): lower max_tokens, or take another one"
+        ) from None
+    finally:
+        hook.remove()
+    kind, output = seen[0]
+    hidden = output[0] if issubclass(kind, tuple) else output
+    if hidden.dim() != 3 or hidden.shape[0] != 3:
+        raise BackboneError(
+            f"layers {backbone.layers} give {tuple(hidden.shape)} for 3 inputs, not (inputs, length, width): this kind "
+            "of backbone is not supported; take one whose layers keep one row per input"
+        )
+    if isinstance(backbone.codec, Images):
+        backbone.codec.lengths = (hidden.shape[1],)
+    return issubclass(kind, tuple)

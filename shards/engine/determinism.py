@@ -11,7 +11,7 @@ import torch.utils.deterministic
 from shards.digest import digest_of, keyed
 from shards.recipe import Recipe
 
-LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "numpy", "safetensors")
+LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "numpy", "safetensors", "pillow")
 _INSTRUCTIONS = (
     "avx2",
     "avx512_f",

@@ -3,7 +3,7 @@ pointer.
 """
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +11,17 @@ from torch import Tensor
 from shards.assembly import Assembly
 from shards.assembly import Member as AssemblyMember
 from shards.engine.artifacts import Artifact, decode_verified, is_lora
-from shards.engine.skeleton import Member, Skeleton
+from shards.engine.completion import Sampling, Step, complete
+from shards.engine.generation import next_logits
+from shards.engine.interface import Input
+from shards.engine.merged import merge_members
+from shards.engine.prompts import Prompts
+from shards.engine.skeleton import Member, Prepared, Skeleton
 from shards.errors import ArtifactDigestError, RecipeError, ShardsError
 from shards.logits import Logits, mean_of_logits
 from shards.recipe import Recipe
 
+_NOBODY = "no shard has a clean stage: nothing can be answered until one is rebuilt"
 _PREFIX = "base_model.model."
 
 
@@ -49,11 +55,7 @@ class StageTensors:
         """
         if digest in self:
             return
-        artifact = decode_verified(data, digest)
-        if artifact.stage.recipe != self._recipe:
-            raise ArtifactDigestError(
-                f"artefact {digest[:12]} is of recipe {artifact.stage.recipe[:12]}, not of the model's"
-            )
+        artifact = decode_verified(data, digest, self._recipe)
         parsed = (artifact, self.member_of(artifact.tensors))
         with self._lock:
             self._parsed[digest] = parsed
@@ -72,22 +74,25 @@ class StageTensors:
         """
         lora: dict[str, tuple[Tensor, Tensor]] = {}
         head: Mapping[str, Tensor] = {}
-        key = ""
+        key: str | None = None
         for depth, digest in enumerate(line.artifacts, 1):
             if (found := self._parsed.get(digest)) is None:
                 raise ArtifactDigestError(
                     f"artefact {digest[:12]} is not in memory; add it before building the ensemble"
                 )
             artifact, part = found
-            key = artifact.stage.key
-            if artifact.stage.prefix != line.prefix[:depth]:
+            if artifact.stage.prefix != line.prefix[:depth] or artifact.stage.parent != key:
                 raise ArtifactDigestError(
-                    f"artefact {digest[:12]} is of slices {artifact.stage.prefix}, not {line.prefix[:depth]}"
+                    f"artefact {digest[:12]} is of stage {artifact.stage.key[:12]} on slices {artifact.stage.prefix}, "
+                    f"not the one that {line.stage[:12]} stands on"
                 )
+            key = artifact.stage.key
             lora |= part.lora
             head = part.head
         if key != line.stage:
-            raise ArtifactDigestError(f"the artefacts end in stage {key[:12]}, the assembly names {line.stage[:12]}")
+            raise ArtifactDigestError(
+                f"the artefacts end in stage {(key or 'none')[:12]}, the assembly names {line.stage[:12]}"
+            )
         return Member(lora, head)
 
     def member_of(self, tensors: Mapping[str, Tensor]) -> Member:
@@ -119,32 +124,55 @@ class Ensemble:
             raise RecipeError(f"the assembly is of recipe {assembly.recipe[:12]}, the model of {skeleton.digest[:12]}")
         self.assembly = assembly
         self._skeleton = skeleton
-        self._members = tuple(tensors.member(member) for member in assembly.members if member)
-
-    @property
-    def live(self) -> int:
+        members = tuple(tensors.member(member) for member in assembly.members if member)
+        self.live = len(members)
         """Number of live shards."""
-        return len(self._members)
+        self.members = (merge_members(members),) if members and assembly.aggregation == "merged" else members
+        """Tensors of each live shard, or of the one adapter that they were merged into."""
 
-    def logits(self, texts: Sequence[str]) -> Logits:
-        """Logits (texts, classes); an answer's bits depend on its own text alone.
+    def logits(self, inputs: Sequence[Input]) -> Logits:
+        """Logits (inputs, outputs); an answer's bits depend on its own input alone.
 
         Raises:
             ShardsError: no shard is live.
         """
-        if not self._members:
-            raise ShardsError("no shard has a clean stage: nothing can be answered until one is rebuilt")
-        return mean_of_logits(self._skeleton.logits(self._members, texts))
+        return self.answer(self._skeleton.prepare(inputs, len(self.members)))
+
+    def complete(self, prompt: str, sampling: Sampling = Sampling()) -> Iterator[Step]:  # noqa: B008 - immutable
+        """Draw an answer to a prompt, token by token, each from the mean of the live shards' logits.
+
+        Raises:
+            RecipeError: the model is not one for completion.
+            ShardsError: no shard is live.
+        """
+        prompts = self._skeleton.backbone.codec
+        if not isinstance(prompts, Prompts):
+            raise RecipeError(
+                f"task: a model for {self._skeleton.recipe.task} completes no text; ask for its prediction"
+            )
+        if not self.members:
+            raise ShardsError(_NOBODY)
+        return complete(prompts, next_logits(self._skeleton, self.members), prompt, sampling)
+
+    def answer(self, prepared: Prepared) -> Logits:
+        """Logits of inputs that the skeleton prepared, to the same bits.
+
+        Raises:
+            ShardsError: no shard is live.
+        """
+        if not self.members:
+            raise ShardsError(_NOBODY)
+        return mean_of_logits(self._skeleton.answer(self.members, prepared))
 
 
 def stage_logits(
-    skeleton: Skeleton, tensors: StageTensors, lines: Sequence[AssemblyMember], texts: Sequence[str]
+    skeleton: Skeleton, tensors: StageTensors, lines: Sequence[AssemblyMember], inputs: Sequence[Input]
 ) -> list[Logits]:
-    """Per stage its own logits (texts, classes), by the code that serves.
+    """Per stage its own logits (inputs, outputs), by the code that serves.
 
     `mean_of_logits` over the members of an assembly is what its ensemble answers, bit for bit.
     """
-    return skeleton.logits([tensors.member(line) for line in lines], texts)
+    return skeleton.logits([tensors.member(line) for line in lines], inputs)
 
 
 class Monolithic:
@@ -155,6 +183,6 @@ class Monolithic:
         self._skeleton = skeleton
         self._member = tensors.member_of(trained)
 
-    def logits(self, texts: Sequence[str]) -> Logits:
-        """Logits (texts, classes)."""
-        return self._skeleton.logits([self._member], texts)[0]
+    def logits(self, inputs: Sequence[Input]) -> Logits:
+        """Logits (inputs, outputs)."""
+        return self._skeleton.logits([self._member], inputs)[0]

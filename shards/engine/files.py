@@ -11,7 +11,7 @@ from shards.errors import BackboneError
 COUNTED = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
-    "*.safetensors", "*.safetensors.index.json",
+    "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json",
 )  # fmt: skip
 """Files that decide what the backbone computes. Pickled weights are never read, so they do not count."""
 

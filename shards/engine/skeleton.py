@@ -9,16 +9,22 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from transformers import DynamicCache
 
 from shards.engine.backbone import Backbone
-from shards.engine.trunk import boundaries, probe_tokens
-from shards.engine.window import Tokens, Window, same_bits
+from shards.engine.inputs import Encoded
+from shards.engine.interface import Input
+from shards.engine.merged import merge_members
+from shards.engine.routed import Member, Route, RoutedHead, RoutedLinear, replace_module
+from shards.engine.structure import targets
+from shards.engine.tasks import in_units
+from shards.engine.trunk import boundaries
+from shards.engine.window import Batch, Window, same_bits
 from shards.logits import Logits
 from shards.recipe import Recipe
 
@@ -26,23 +32,6 @@ SEQUENCES = 32
 """Rows times members per pass; beyond it activations leave the cache (facts/training.md, section 4)."""
 MEMBERS = 8
 """Members per pass."""
-BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-"""Padded lengths; which one is used is decided by the input's own token count."""
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """Tensors of one stage with its ancestors, ready to serve."""
-
-    lora: Mapping[str, tuple[Tensor, Tensor]]
-    """By module path: A (rank, in) and B (out, rank) times the LoRA scale, both in the serving precision."""
-    head: Mapping[str, Tensor]
-    """By path in the model: the head's parameters, float32."""
-
-
-def buckets(max_tokens: int) -> tuple[int, ...]:
-    """Padded lengths in use, the last being `max_tokens`."""
-    return (*(length for length in BUCKETS if length < max_tokens), max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,85 +40,22 @@ class Pass:
 
     rows: slice
     places: Sequence[int]
-    """Where each row stands among the caller's texts."""
-    tokens: Tokens
+    """Where each row stands among the caller's inputs."""
+    batch: Batch
     hidden: Tensor
     """(rows, length, width) at the lowest trained layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Texts as the trunk leaves them, for any members to answer. Derived from the texts: it has to go with them."""
+    """Inputs as the trunk leaves them, for any members to answer. Derived from the inputs: it has to go with them."""
 
     count: int
     passes: tuple[Pass, ...]
 
 
-class _Route:
-    """Whose rows are whose in the pass under way."""
-
-    members: Sequence[Member] = ()
-
-    def split(self, rows: int) -> Iterator[tuple[Member, slice]]:
-        each = rows // max(1, len(self.members))
-        for place, member in enumerate(self.members):
-            yield member, slice(place * each, (place + 1) * each)
-
-
-class _RoutedLinear(nn.Module):
-    """A frozen matrix for all rows, plus each member's adapter, where it has one here, on its own."""
-
-    def __init__(self, base: nn.Module, route: _Route, name: str) -> None:
-        super().__init__()
-        self.base = base
-        self.route = route
-        self.name = name
-        self.shared: bool | None = None
-        """Whether every member's rows are still the trunk's, so that one product serves all; found by the probe."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        count = len(self.route.members)
-        if self.shared is None and count > 1:
-            self.shared = all(same_bits(part, hidden[: len(part)]) for part in hidden.chunk(count))
-        if self.shared and count > 1:
-            out = self.base(hidden[: hidden.shape[0] // count])
-            out = out.repeat(count, *[1] * (out.dim() - 1))
-        else:
-            out = self.base(hidden)
-        for member, rows in self.route.split(hidden.shape[0]):
-            if (pair := member.lora.get(self.name)) is not None:
-                down, up = pair
-                low = nn.functional.linear(hidden[rows], down)
-                part = out[rows].view(-1, out.shape[-1])
-                part.addmm_(low.view(-1, low.shape[-1]), up.t())
-        return out
-
-
-class _RoutedHead(nn.Module):
-    """Each member's own head on its own rows; without members the untrained one (its output is not used)."""
-
-    def __init__(self, template: nn.Module, route: _Route, name: str) -> None:
-        super().__init__()
-        self.template = template
-        self.route = route
-        self.prefix = name + "."
-
-    def forward(self, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.route.members:
-            return self.template(rows, *args, **kwargs)
-        parts = [
-            functional_call(self.template, self._own(member), (rows[part], *args), kwargs)
-            for member, part in self.route.split(rows.shape[0])
-        ]
-        return torch.cat(parts)
-
-    def _own(self, member: Member) -> dict[str, Tensor]:
-        size = len(self.prefix)
-        return {name[size:]: tensor for name, tensor in member.head.items() if name.startswith(self.prefix)}
-
-
 class Skeleton:
-    """Answers texts for any members of a recipe. One pass at a time: a lock makes concurrent callers wait."""
+    """Answers inputs for any members of a recipe. One pass at a time: a lock makes concurrent callers wait."""
 
     def __init__(self, recipe: Recipe, backbone: Backbone | None = None, *, device: str = "cpu") -> None:
         """Load the backbone unless it is given, and check at start-up that answers depend on their input
@@ -137,83 +63,87 @@ class Skeleton:
 
         Raises:
             BackboneError: see `Backbone.load`.
+            RecipeError: the LoRA targets are not in the backbone, or see `Backbone.load`.
         """
         self.recipe = recipe
         self.digest = recipe.digest
         self.backbone = backbone or Backbone.load(recipe, device)
         self.floor = boundaries(recipe, self.backbone.depth)[-1]
-        self._lengths = buckets(recipe.max_tokens)
-        self._route = _Route()
+        self._lengths = self.backbone.lengths
+        self._route = Route()
         self._lock = threading.Lock()
         model = self.backbone.pure_replica(self._lengths, SEQUENCES)
-        shapes = self._install(model)
+        self._shapes = self._install(model)
         self._window = Window(model, self.backbone.layers, as_tuple=self.backbone.as_tuple)
         self.batched = True
-        self.batched = self._is_pure(shapes)
+        self.batched = self._is_pure()
 
     @property
     def purity(self) -> str:
         """Result of the start-up probe: `batched`, or `single` (each input and member runs alone)."""
         return "batched" if self.batched else "single"
 
-    def logits(self, members: Sequence[Member], texts: Sequence[str]) -> list[Logits]:
-        """Per member the logits (texts, classes) of each text.
+    def logits(self, members: Sequence[Member], inputs: Sequence[Input]) -> list[Logits]:
+        """Per member the logits (inputs, outputs) of each input.
 
-        Each text's bits depend on that text and member alone: not on its neighbours, nor on the other
+        Each answer's bits depend on that input and member alone: not on its neighbours, nor on the other
         members.
         """
-        return self.answer(members, self.prepare(texts, len(members)))
+        return self.answer(members, self.prepare(inputs, len(members)))
 
-    def prepare(self, texts: Sequence[str], members: int = 1) -> Prepared:
-        """Take texts through the trunk, in passes that suit so many members at once."""
+    def prepare(self, inputs: Sequence[Input], members: int = 1) -> Prepared:
+        """Take inputs through the trunk, in passes that suit so many members at once.
+
+        Raises:
+            RecipeError: an input is not what the recipe says.
+        """
         with self._lock:  # tokenizers keep their cutting length as state
-            ids = self.backbone.token_ids(texts)
+            encoded = self.backbone.encode(inputs)
+        return self.prepare_encoded(encoded, members)
+
+    def prepare_encoded(self, encoded: Sequence[Encoded], members: int = 1) -> Prepared:
+        """Take encoded inputs through the trunk."""
         by_length: dict[int, list[int]] = {}
-        for place, row in enumerate(ids):
-            by_length.setdefault(next(b for b in self._lengths if b >= len(row)), []).append(place)
+        for place, each in enumerate(encoded):
+            own = self.backbone.length(each)
+            by_length.setdefault(next(b for b in self._lengths if b >= own), []).append(place)
         passes: list[Pass] = []
         for length, places in sorted(by_length.items()):
-            tokens = self.backbone.pad([ids[place] for place in places], length)
+            batch = self.backbone.collate([encoded[place] for place in places], length)
             with self._lock:
-                passes += [replace(each, places=places[each.rows]) for each in self._trunk(tokens, members)]
-        return Prepared(len(ids), tuple(passes))
+                passes += [replace(each, places=places[each.rows]) for each in self._trunk(batch, members)]
+        return Prepared(len(encoded), tuple(passes))
 
     def answer(self, members: Sequence[Member], prepared: Prepared) -> list[Logits]:
-        """Per member the logits (texts, classes) of prepared texts; the bits are those of `logits`."""
-        answers = [np.zeros((prepared.count, len(self.recipe.classes)), np.float32) for _ in members]
+        """Per member the logits (inputs, outputs) of prepared inputs; the bits are those of `logits`."""
+        answers = [np.zeros((prepared.count, self.backbone.outputs), np.float32) for _ in members]
         for each in prepared.passes:
             with self._lock:
                 found = self._upper(members, each)
             for answer, logits in zip(answers, found, strict=True):
-                answer[each.places] = logits.numpy()
+                answer[each.places] = in_units(self.recipe, logits.numpy())
         return answers
 
     def _install(self, model: nn.Module) -> dict[str, tuple[int, int]]:
         """Replace adapter targets and heads by routed ones; per target the widths (in, out)."""
-        shapes: dict[str, tuple[int, int]] = {}
-        targets = tuple("." + target for target in self.recipe.lora.targets)
+        shapes = targets(model, self.backbone.layers, self.recipe, self.floor)
         for name, module in list(model.named_modules()):
-            layer = self.backbone.layer_index(name)
-            if layer is not None and layer >= self.floor and name.endswith(targets):
-                weight: Tensor = module.get_parameter("weight")
-                turned = weight if isinstance(module, nn.Linear) else weight.t()  # Conv1D keeps (in, out)
-                shapes[name] = (turned.shape[1], turned.shape[0])
-                _replace(model, name, _RoutedLinear(module, self._route, name))
-            elif layer == self.floor and isinstance(module, nn.Linear):  # for `shared`: its input may be the trunk's
-                _replace(model, name, _RoutedLinear(module, self._route, name))
+            lowest = self.backbone.layer_index(name) == self.floor  # for `shared`: its input may be the trunk's
+            if name in shapes or (lowest and isinstance(module, nn.Linear)):
+                replace_module(model, name, RoutedLinear(module, self._route, name))
             elif name in self.backbone.heads:
-                _replace(model, name, _RoutedHead(module, self._route, name))
+                replace_module(model, name, RoutedHead(module, self._route, name))
         return shapes
 
     def _group(self, members: int) -> int:
         return min(MEMBERS, max(1, members)) if self.batched else 1
 
-    def _trunk(self, tokens: Tokens, members: int) -> Iterator[Pass]:
+    def _trunk(self, batch: Batch, members: int) -> Iterator[Pass]:
         """Hidden states at the lowest trained layer, in passes of few fixed sizes."""
-        for rows in _passes(tokens.ids.shape[0], self._group(members), batched=self.batched):
+        for rows in _passes(batch.rows, self._group(members), batched=self.batched):
             with torch.inference_mode(), self.backbone.autocast():
-                hidden = self._window.states(tokens[rows], [self.floor])[self.floor]
-            yield Pass(rows, (), tokens[rows], hidden)
+                hidden = self._window.states(batch[rows], [self.floor])[self.floor]
+            yield Pass(rows, (), batch[rows].bare(), hidden)
 
     def _upper(self, members: Sequence[Member], given: Pass) -> list[Tensor]:
         """Per member its logits (rows, classes), from the trunk's hidden state."""
@@ -223,34 +153,66 @@ class Skeleton:
             for at in range(0, len(members), group):
                 self._route.members = members[at : at + group]
                 count = len(self._route.members)
-                repeated = Tokens(given.tokens.ids.repeat(count, 1), given.tokens.mask.repeat(count, 1))
                 with torch.inference_mode(), self.backbone.autocast():
-                    logits = self._window.logits(repeated, self.floor, given.hidden.repeat(count, 1, 1))
+                    logits = self._window.logits(
+                        given.batch.repeat(count), self.floor, given.hidden.repeat(count, 1, 1)
+                    )
                 found += logits.float().cpu().chunk(count)
         finally:
             self._route.members = ()  # kept, they would outlive their erasure until the next pass
         return found
 
-    def _is_pure(self, shapes: Mapping[str, tuple[int, int]]) -> bool:
+    def following(self, members: Sequence[Member], ids: Sequence[int], seen: int, memories: list[Any]) -> list[Logits]:
+        """Per member the logits (1, vocabulary) of the token after `ids`, of a text of which `seen` ids went before.
+
+        `memories` holds keys and values of that text, an empty list at its begin; it is derived from the text.
+        """
+        group = self._group(len(members))
+        cuts = range(0, len(members), group)
+        if not memories:
+            memories += [DynamicCache(config=cast("Any", self.backbone.model).config) for _ in cuts]
+        given = torch.tensor([list(ids)], device=self.backbone.device)
+        found: list[Tensor] = []
+        with self._lock:
+            try:
+                for at, memory in zip(cuts, memories, strict=True):
+                    self._route.members = members[at : at + group]
+                    count = len(self._route.members)
+                    with torch.inference_mode(), self.backbone.autocast():
+                        logits = self._window.following(given, seen, memory, (self.floor, count))
+                    found += logits.float().cpu().chunk(count)
+            finally:
+                self._route.members = ()
+        return [logits.numpy() for logits in found]
+
+    def made_up(self, count: int) -> list[Member]:
+        """Members of no training, the same in every process, for probes."""
+        return [self._made_up(self._shapes, seed) for seed in range(count)]
+
+    def _is_pure(self) -> bool:
         """Whether logits keep their bits alone, among others, moved, and beside any number of members."""
-        members = [self._made_up(shapes, seed) for seed in range(min(MEMBERS, self.recipe.shards))]
+        members = self.made_up(min(MEMBERS, self.recipe.shards))
+        if self.recipe.aggregation == "merged":
+            members = [merge_members(self.made_up(self.recipe.shards))]
         for length in {self._lengths[0], self._lengths[-1]}:
-            tokens = probe_tokens(self.backbone, 13, length)
-            order = torch.arange(12, -1, -1)
-            together = self._tensors(members, tokens)
-            moved = self._tensors(members[::-1], tokens[order])[::-1]
-            few = self._tensors(members[:1], tokens[:3])[0]
-            alone = [self._tensors(members[-1:], tokens[row : row + 1])[0] for row in range(3)]
+            full = self.backbone.made_up(SEQUENCES, length)
+            batch, order = full[:13], torch.arange(12, -1, -1)
+            together = self._tensors(members, batch)
+            moved = self._tensors(members[::-1], batch[order])[::-1]
+            many = self._tensors(members[:1], full)[0]  # one member's passes have the most rows
+            fewer = self._tensors(members[:1], full[:18])[0]  # 16 and 2
+            alone = [self._tensors(members[-1:], batch[row : row + 1])[0] for row in range(3)]
             if not (
                 all(same_bits(there[order], here) for there, here in zip(together, moved, strict=True))
-                and same_bits(few, together[0][:3])
+                and same_bits(many[:13], together[0])
+                and same_bits(many[:18], fewer)
                 and all(same_bits(logits, together[-1][row : row + 1]) for row, logits in enumerate(alone))
             ):
                 return False
         return True
 
-    def _tensors(self, members: Sequence[Member], tokens: Tokens) -> list[Tensor]:
-        passes = [self._upper(members, each) for each in self._trunk(tokens, len(members))]
+    def _tensors(self, members: Sequence[Member], batch: Batch) -> list[Tensor]:
+        passes = [self._upper(members, each) for each in self._trunk(batch, len(members))]
         return [torch.cat(parts) for parts in zip(*passes, strict=True)]
 
     def _made_up(self, shapes: Mapping[str, tuple[int, int]], seed: int) -> Member:
@@ -266,11 +228,6 @@ class Skeleton:
         untrained = self.backbone.model.named_parameters()
         head = {name: draw(*tensor.shape) for name, tensor in untrained if name.startswith(own)}
         return Member(lora, head)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _passes(rows: int, group: int, *, batched: bool) -> Iterator[slice]:

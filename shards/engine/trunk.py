@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from shards.engine.backbone import Backbone
-from shards.engine.window import Tokens, Window, same_bits
+from shards.engine.inputs import Encoded
+from shards.engine.window import Batch, Window, same_bits
 from shards.manifest import Record
 from shards.recipe import Recipe
 
@@ -25,7 +26,9 @@ PROBES = 24
 class _Features:
     content: bytes
     """Content digest of the record: the same id with another payload is computed again."""
-    ids: list[int]
+    encoded: Encoded
+    """Without the pixels of an image, which are many: they are decoded again from the source."""
+    source: Record | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
     """Boundary -> (length, width)."""
 
@@ -44,10 +47,11 @@ class Trunk:
         """
         self.boundaries = boundaries(recipe, backbone.depth)
         self._backbone = backbone
+        self._recipe = recipe
         self._window = Window(
-            backbone.pure_replica([recipe.max_tokens], BATCH), backbone.layers, as_tuple=backbone.as_tuple
+            backbone.pure_replica(backbone.lengths[-1:], BATCH), backbone.layers, as_tuple=backbone.as_tuple
         )
-        self._length = recipe.max_tokens
+        self._length = backbone.lengths[-1]
         self._cap = cache_bytes
         self.held_bytes = 0
         """Bytes of hidden states in memory."""
@@ -61,7 +65,7 @@ class Trunk:
         return "batched" if self.batch > 1 else "single"
 
     def warm(self, records: Iterable[Record], boundary: int) -> None:
-        """Tokenise the records and compute their hidden states at `boundary` (and the stage boundaries below
+        """Encode the records and compute their hidden states at `boundary` (and the stage boundaries below
         it).
         """
         fresh: list[Record] = []
@@ -71,23 +75,25 @@ class Trunk:
             if known is None or known.content != record.content_digest:
                 self.forget([record.record_id])
                 fresh.append(record)
-        tokenised = self._backbone.token_ids([record.text for record in fresh])
-        for record, ids in zip(fresh, tokenised, strict=True):
-            self._features[record.record_id] = _Features(record.content_digest, ids)
+        for record, features in zip(fresh, self._begun(fresh), strict=True):
+            self._features[record.record_id] = features
         waiting = [f for f in (self._features[record.record_id] for record in here) if boundary not in f.hidden]
         for feature, states in zip(waiting, self._computed(waiting, boundary), strict=False):
             if not self._keep(feature, states, boundary):
                 break
 
-    def rows(self, record_ids: Sequence[UUID], boundary: int) -> tuple[Tensor, Tokens]:
-        """Hidden states (rows, length, width) at `boundary` and tokens of warmed records, in this order."""
+    def rows(self, record_ids: Sequence[UUID], boundary: int) -> tuple[Tensor, Batch]:
+        """Hidden states (rows, length, width) at `boundary` and inputs of warmed records, in this order.
+
+        Images come without their pixels: above the boundary only the shape counts.
+        """
         features = [self._features[record_id] for record_id in record_ids]
         absent = [feature for feature in features if boundary not in feature.hidden]
         states = self._computed(absent, boundary)
         computed = {id(feature): state[boundary] for feature, state in zip(absent, states, strict=True)}
         hidden = [computed.get(id(feature), feature.hidden.get(boundary)) for feature in features]
-        tokens = self._backbone.pad([feature.ids for feature in features], self._length)
-        return torch.stack([state for state in hidden if state is not None]), tokens
+        batch = self._backbone.collate([feature.encoded for feature in features], self._length)
+        return torch.stack([state for state in hidden if state is not None]), batch
 
     def forget(self, record_ids: Iterable[UUID]) -> None:
         """Drop all that is derived from these records."""
@@ -104,6 +110,12 @@ class Trunk:
         """Drop everything derived from records."""
         self._features.clear()
         self.held_bytes = 0
+
+    def _begun(self, records: Sequence[Record]) -> list[_Features]:
+        if self._recipe.input == "image":
+            return [_Features(record.content_digest, Encoded(), record) for record in records]
+        encoded = self._backbone.examples(self._recipe, records)
+        return [_Features(record.content_digest, each) for record, each in zip(records, encoded, strict=True)]
 
     def _keep(self, feature: _Features, states: Mapping[int, Tensor], boundary: int) -> bool:
         """Store states, the wanted boundary first; other boundaries make room for it. False once it no longer
@@ -129,35 +141,29 @@ class Trunk:
             chunk = features[at : at + self.batch]
             start = max(set.intersection(*(set(feature.hidden) for feature in chunk)) & set(wanted), default=0)
             given = torch.stack([feature.hidden[start] for feature in chunk]) if start in chunk[0].hidden else None
-            tokens = self._backbone.pad([feature.ids for feature in chunk], self._length)
-            states = self._states(tokens, [index for index in wanted if index >= start], start, given)
+            sources = [feature.source for feature in chunk if feature.source]
+            whole = not start and sources
+            encoded = self._backbone.examples(self._recipe, sources) if whole else [each.encoded for each in chunk]
+            batch = self._backbone.collate(encoded, self._length)
+            states = self._states(batch, [index for index in wanted if index >= start], start, given)
             for row in range(len(chunk)):
                 yield {index: tensor[row].clone() for index, tensor in states.items()}
 
-    def _states(self, tokens: Tokens, wanted: Sequence[int], start: int, hidden: Tensor | None) -> dict[int, Tensor]:
+    def _states(self, batch: Batch, wanted: Sequence[int], start: int, hidden: Tensor | None) -> dict[int, Tensor]:
         with torch.no_grad(), self._backbone.autocast():
-            return self._window.states(tokens, wanted, start, hidden)
+            return self._window.states(batch, wanted, start, hidden)
 
     def _is_pure(self) -> bool:
         """Whether a row has the same bits alone, among 24, moved among 32, and from a boundary upwards."""
-        tokens = probe_tokens(self._backbone, PROBES, self._length)
+        batch = self._backbone.made_up(PROBES, self._length)
         top, low = self.boundaries[0], self.boundaries[-1]
-        mixed = self._states(tokens, self.boundaries, 0, None)
+        mixed = self._states(batch, self.boundaries, 0, None)
         order = torch.arange(PROBES - 1, -9, -1) % PROBES
-        moved = self._states(tokens[order], [top], 0, None)[top]
-        resumed = self._states(tokens[:5], [top], low, mixed[low][:5])[top]
-        alone = (self._states(tokens[row : row + 1], [top], 0, None)[top] for row in range(PROBES))
+        moved = self._states(batch[order], [top], 0, None)[top]
+        resumed = self._states(batch[:5].bare(), [top], low, mixed[low][:5])[top]
+        alone = (self._states(batch[row : row + 1], [top], 0, None)[top] for row in range(PROBES))
         return (
             same_bits(moved, mixed[top][order])
             and same_bits(resumed, mixed[top][:5])
             and all(same_bits(state[0], mixed[top][row]) for row, state in enumerate(alone))
         )
-
-
-def probe_tokens(backbone: Backbone, rows: int, length: int) -> Tokens:
-    """Made-up inputs of all lengths, some of them full, the same in every process."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = int(backbone.model.get_input_embeddings().num_embeddings)  # pyright: ignore[reportCallIssue]
-    ids = torch.randint(0, vocabulary, (rows, length), generator=generator).tolist()
-    lengths = [length if row % 6 == 0 else 2 + (row * 7) % (length - 2) for row in range(rows)]
-    return backbone.pad([row[:size] for row, size in zip(ids, lengths, strict=True)], length)

@@ -1,0 +1,93 @@
+"""Generation from a causal language model: one token after the other, from logits that somebody computes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.engine.inputs import Encoded
+from shards.engine.prompts import Prompts
+from shards.errors import RecipeError
+
+NextLogits = Callable[[Encoded], npt.NDArray[np.float32]]
+"""Logits (vocabulary,) of the token that follows a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer is drawn."""
+
+    max_new_tokens: int = 64
+    """At most so many, and never more than the recipe's `max_tokens` leave room for (`Prompts.room`)."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these; its end token ends it in any case."""
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    seed: int = 0
+    """Of the draws, where the temperature is above 0."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be drawn from, naming the field."""
+        if self.max_new_tokens < 1:
+            raise RecipeError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not 0 <= self.temperature <= 100:
+            raise RecipeError("temperature must be between 0 and 100")
+        if not all(self.stop):
+            raise RecipeError("stop: an empty text would end every answer; leave it out")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One more token of an answer."""
+
+    text: str
+    """What the answer grows by; empty while it could still turn out to be the start of a stop text, or of a letter."""
+    tokens: int
+    """Tokens drawn so far, the end token included."""
+    prompt_tokens: int
+    finish: Literal["stop", "length"] | None = None
+    """Of the last step: whether the answer ended by itself (or at a stop text), or for want of room."""
+
+
+def complete(prompts: Prompts, next_logits: NextLogits, prompt: str, sampling: Sampling) -> Iterator[Step]:
+    """Draw an answer, token by token."""
+    ids = prompts.ids(prompt)
+    room = prompts.room(len(ids), sampling.max_new_tokens)
+    begun = prompts.prompt(ids, room)
+    draws = np.random.default_rng(sampling.seed)
+    drawn: list[int] = []
+    sent = 0
+    while True:
+        encoded = Encoded([*begun.ids, *drawn], answer=len(begun.ids) + len(drawn))
+        token = _draw(next_logits(encoded), sampling.temperature, draws)
+        ended = token == prompts.end
+        drawn.append(token)
+        text = prompts.text(drawn[:-1] if ended else drawn)
+        cut = min((at for at in map(text.find, sampling.stop) if at >= 0), default=None)
+        full = len(drawn) >= room
+        last = ended or cut is not None or full
+        safe = text[:cut] if last else text[: len(text) - _held_back(text, sampling.stop)]
+        finish = ("stop" if ended or cut is not None else "length") if last else None
+        yield Step(safe[sent:], len(drawn), len(begun.ids), finish)
+        if last:
+            return
+        sent = max(sent, len(safe))
+
+
+def _draw(logits: npt.NDArray[np.float32], temperature: float, draws: np.random.Generator) -> int:
+    """The most likely token, the lowest of equals; or one drawn by the softmax of the logits."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = (logits.astype(np.float64) - logits.max()) / temperature
+    shares = np.exp(scaled).cumsum()
+    return int(np.searchsorted(shares, draws.random() * shares[-1], side="right"))
+
+
+def _held_back(text: str, stop: Sequence[str]) -> int:
+    """How many letters at the end may not go out yet."""
+    if text.endswith("\ufffd"):  # a letter of several tokens, not yet whole
+        return 1
+    fits = (size for word in stop for size in range(1, len(word)) if text.endswith(word[:size]))
+    return max(fits, default=0)
