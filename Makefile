@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-.PHONY: help setup demo up test test-fast test-all golden check bench bench-full clean
+.PHONY: help setup demo up test test-fast test-all golden check bench bench-full pictures clean
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 setup: $(STAMP) ## make .venv with all that is needed
@@ -43,6 +43,8 @@ bench: $(STAMP) ## figures at small sizes into benchmarks/results.json; ONLY=dea
 	@$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY))
 bench-full: $(STAMP) ## all sizes and seeds
 	@$(BIN)/python -m benchmarks --full $(if $(ONLY),--only $(ONLY))
+pictures: $(STAMP) ## draw docs/pictures/stages.png and depth.png anew
+	@$(BIN)/python tools/pictures.py
 clean: ## remove .venv, caches of tools and the demo's state; keeps STATE and downloads
 	@rm -rf .venv .expunge-demo demo-report.json build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

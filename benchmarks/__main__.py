@@ -11,7 +11,7 @@ from typing import Protocol
 import httpx
 from rich.console import Console
 
-from benchmarks import accuracy, deactivation, results, training
+from benchmarks import accuracy, capacity, deactivation, ledger, merged, rebuild, results, ridge, training
 from benchmarks.results import BenchmarkError, Measured, Run
 from service.cli.demo.assets import DemoError
 from service.cli.demo.show import Screen
@@ -28,7 +28,12 @@ class Measure(Protocol):
 GROUPS: Mapping[str, Measure] = {
     "deactivation": deactivation.measure,
     "training": training.measure,
+    "merged": merged.measure,
+    "ridge": ridge.measure,
     "accuracy": accuracy.measure,
+    "capacity": capacity.measure,
+    "rebuild": rebuild.measure,
+    "ledger": ledger.measure,
 }
 
 
