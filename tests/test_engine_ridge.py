@@ -24,10 +24,12 @@ from shards.engine.artifacts import decode
 from shards.engine.determinism import prepare
 from shards.engine.files import backbone_digest
 from shards.engine.inputs import Encoded
+from shards.engine.pools import Pools
 from shards.engine.registry import open_reader, open_trainer
 from shards.engine.replay import replay
 from shards.engine.ridge import RidgeTrainer, decode_sums
 from shards.engine.ridge_reader import RidgeReader
+from shards.engine.window import Batch
 from shards.errors import ArtifactDigestError, BackboneError, MemoryShortageError, RecipeError, ShardsError
 from shards.manifest import Record
 from shards.partition import cell_of
@@ -180,6 +182,19 @@ def test_memory_that_runs_out_is_said_with_the_fields(plain: RidgeTrainer, monke
     monkeypatch.setattr(plain.pools, "_pooled", greedy)
     with pytest.raises(MemoryShortageError, match=r"turn down max_tokens or ridge\.layers"):
         plain.train(stage_of(plain.recipe, tiny_records(2)), tiny_records(2), [])
+
+
+def test_the_probe_meets_every_size_of_a_pass(plain: RidgeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    inner = Pools._pooled
+
+    def spied(self: Pools, batch: Batch) -> np.ndarray:
+        seen.add(batch.rows)
+        return inner(self, batch)
+
+    monkeypatch.setattr(Pools, "_pooled", spied)
+    assert Pools(plain.backbone, plain.recipe).purity == "batched"
+    assert seen == {1, 2, 4, 8, 16, 32}
 
 
 def test_a_probe_that_fails_makes_every_input_run_alone(plain: RidgeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from shards.engine.prompts import Prompts
 from shards.engine.skeleton import Member, Prepared, Skeleton
 from shards.errors import ArtifactDigestError, RecipeError, ShardsError
 from shards.logits import Logits, mean_of_logits
+from shards.merged import lora_scale
 from shards.recipe import Recipe
 
 _NOBODY = "no shard has a clean stage: nothing can be answered until one is rebuilt"
@@ -30,9 +31,8 @@ class StageTensors:
 
     def __init__(self, recipe: Recipe, *, device: str = "cpu") -> None:
         """For artefacts of `recipe` only."""
-        lora = recipe.lora
         self._recipe = recipe.digest
-        self._scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
+        self._scale = lora_scale(recipe)
         self._dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
         self._device = device
         self._lock = threading.Lock()

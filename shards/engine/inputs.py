@@ -68,7 +68,7 @@ class Texts:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError) as error:
             raise BackboneError(f"{directory} holds no tokenizer that loads: {error}") from None
-        words = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
+        words: Any = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
         if hasattr(words, "_resize_cache"):  # BPE and Unigram remember words of texts, past these texts' erasure
             words._resize_cache(0)  # noqa: SLF001
             words._clear_cache()  # noqa: SLF001

@@ -23,8 +23,8 @@ BATCH = 32
 """Most rows per pass; passes have powers of two, so that the probe can meet every size."""
 CHUNK = 128
 """Inputs that are decoded at a time; an image's pixels take half a megabyte and more."""
-PROBES = 45
-"""32 + 8 + 4 + 1."""
+PROBES = 2 * BATCH - 1
+"""32 + 16 + .. + 1: in reverse order, the first 31 move from the largest passes to those of every smaller size."""
 
 
 class Pools:
