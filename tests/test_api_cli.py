@@ -1,42 +1,16 @@
 """The command line against a real API."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from threading import Timer
 from typing import Any
 
 import pytest
-from api_client import RECIPE, Api, line, ndjson
+from api_client import RECIPE, Api, Run, line, ndjson
 from psycopg.types.json import Jsonb
-
-from service.cli.main import main
 
 pytest_plugins = ("api_fixtures",)
 pytestmark = pytest.mark.integration
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in a state directory that names the API; (exit code, stdout, stderr)."""
-    state = tmp_path / "state"
-    (state / "run").mkdir(parents=True)
-    (state / "keys").mkdir()
-    (state / "run" / "up.json").write_text(json.dumps({"api_url": api.url, "servers": []}))
-    token = api.client.headers["Authorization"].removeprefix("Bearer ")
-    (state / "keys" / "first-api-key").write_text(token + "\n")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["expunge", *arguments, "--state", str(state)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return call
 
 
 @pytest.fixture
@@ -71,6 +45,19 @@ def test_from_a_dataset_to_a_request(ready: Run, api: Api) -> None:
     code, out, _ = ready("requests", request["request_id"])
     assert (code, "sentiment" in out) == (0, True)
     assert api.scalar("SELECT count(*) FROM deletion_request") == 2
+
+
+def test_a_rebuild_policy_is_set_and_shown(ready: Run) -> None:
+    code, out, _ = ready("model", "policy", "sentiment", "spares", "--spares", "1")
+    assert (code, "rebuild spares, spares 1" in out) == (0, True)
+    code, out, _ = ready("model", "show", "sentiment", "--json")
+    assert json.loads(out)["rebuild"] == {"kind": "spares", "spares": 1}
+    code, _, err = ready("model", "policy", "sentiment", "min_depth")
+    assert code == 1
+    assert "rebuild.min_depth must be at least 1" in err
+    code, out, _ = ready("preview", "--subject", "email:p1@example.org")
+    assert code == 0
+    assert "rebuild by_deadline: " in out
 
 
 def test_a_key_makes_one_request(ready: Run, api: Api) -> None:

@@ -20,7 +20,7 @@ from service.evidence.verify import verify
 from service.store import database
 from service.store.artifacts import LocalArtifacts
 from shards.recipe import Backbone
-from workers import certify, erase, evaluation, reaper, steps, training
+from workers import certify, erase, evaluation, reaper, rebuild, steps, training
 from workers.barrier import Barrier
 from workers.reaper import Reaper
 from workers.training import train_queued
@@ -60,7 +60,7 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
             found.boundary()  # before the commit: rolled back
         found.boundary()  # after it: committed, and nobody knows
 
-    for module in (steps, erase, certify, training, evaluation, reaper):
+    for module in (steps, rebuild, erase, certify, training, evaluation, reaper):
         if hasattr(module, "transaction"):
             monkeypatch.setattr(module, "transaction", transaction)
     for name in ("put", "delete"):

@@ -71,7 +71,7 @@ def test_a_deletion_goes_from_received_to_completed_and_back_to_full_depth(world
     with transaction(world.pool) as connection:
         model = models.get_model_by_id(connection, world.model_id)
         ids = [row[0] for row in connection.execute(RECORDS_OF, [world.line(1, "person2", "x").owner.digest])]
-        foreseen = preview.preview(connection, world.context.artifacts, model, ids)
+        foreseen = preview.preview(connection, model, ids).measured(world.context.artifacts)
     request_id = world.ask("person2")
     assert steps.plan_targets(world.context, world.model_id) == 1
     version, after, depths = served(world)

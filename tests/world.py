@@ -128,6 +128,9 @@ def make_world(database: Any, directory: Path, backbone: Backbone, **recipe_chan
             classes=list(recipe.classes),
             deletable=True,
             subject_row_cap=100,
+            task=recipe.task,
+            input=recipe.input,
+            width=recipe.module.width if recipe.module else None,
         )
         model_id = models.insert_model(
             connection,

@@ -4,12 +4,13 @@ import logging
 from typing import cast
 
 from celery import Celery
-from celery.signals import setup_logging
+from celery.signals import setup_logging, worker_ready
 from celery.utils.dispatch import Signal
 
 from service.logs import configure_logs
 from service.settings import settings
 from service.store.broker import TRANSPORT_OPTIONS, broker_url
+from shards.engine.scratch import reap
 
 QUEUES = {
     "targets.plan": "plan",
@@ -18,6 +19,7 @@ QUEUES = {
     "model.rebuild": "default",
     "model.publish": "default",
     "stages.train": "train",
+    "stages.replay": "train",
 }
 
 app = Celery("expunge", include=["workers.tasks"])
@@ -35,8 +37,14 @@ def _sanitised_logs(**_: object) -> None:
     configure_logs("worker", level=logging.WARNING)
 
 
+def _sweep(**_: object) -> None:
+    """Remove what training commands of a killed worker left; `train_queued` does so again."""
+    reap()
+
+
 cast("Signal", app.on_configure).connect(_reach_broker)
 setup_logging.connect(_sanitised_logs)
+worker_ready.connect(_sweep)
 
 
 app.conf.update(

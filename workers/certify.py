@@ -2,7 +2,6 @@
 
 from uuid import UUID
 
-from service.domain.requests import State
 from service.evidence.certificate import issue
 from service.evidence.keys import load_signing_key, public_pem
 from service.evidence.verify import verify
@@ -17,16 +16,17 @@ class UnverifiedError(Exception):
 
 
 def certify_target(context: Context, request_id: UUID, model_id: int) -> bool:
-    """Issue the certificate of an erased target; False when it is not this target's turn.
+    """Issue the certificate of an erased or restricted target; False when it is not this target's turn.
 
     Signed twice after a crash, stored once: the row is unique, and its payload comes from committed rows only.
     """
     with transaction(context.pool) as connection:
-        attempts = targets.raise_attempts(connection, request_id, model_id, State.ERASING)
-        if attempts is None:
+        state = evidence.find_state(connection, request_id, model_id)
+        attempts = targets.raise_attempts(connection, request_id, model_id, state) if state else None
+        if state is None or attempts is None:
             return False
         if attempts > context.settings.target_attempts:
-            targets.mark_failed(connection, request_id, model_id, State.ERASING, "AttemptsExhausted")
+            targets.mark_failed(connection, request_id, model_id, state, "AttemptsExhausted")
             return False
     with transaction(context.pool) as connection:
         found = evidence.get_evidence(connection, request_id, model_id)

@@ -63,6 +63,7 @@ def _begin(context: Context, request_id: UUID, model_id: int) -> bool:
 
     def step() -> bool:
         with transaction(context.pool) as connection:
+            erasure.share_subjects(connection, request_id)
             target = targets.get_target(connection, request_id, model_id, lock=True)
             if target is None or target.erased_at is not None or target.plan is None:
                 return False
@@ -169,7 +170,9 @@ def _swap(pool: Pool, cell: Cell, written: str | None, out: set[UUID], request_i
     def step() -> bool:
         with transaction(pool) as connection:
             (current,) = cells.lock_cells(connection, [cell.cell_id])
-            if current != cell or (written and not objects.mark_live(connection, [written])):
+            if current != cell or not out <= erasure.list_erasable(connection, cell.cell_id):
+                return False  # changed, or held meanwhile: a hold locks the cells
+            if written and not objects.mark_live(connection, [written]):
                 return False
             generation, manifest = cells.advance(connection, current, object_name=written)
             erasure.mark_records_erased(connection, cell.cell_id, out)

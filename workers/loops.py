@@ -1,4 +1,7 @@
-"""The loops as one program: barrier, relay, reaper. `python -m workers.loops`; any number of them may run."""
+"""The loops as one program: barrier, sequencer, relay, reaper, replays. `python -m workers.loops`.
+
+Any number of them may run.
+"""
 
 import signal
 import threading
@@ -11,16 +14,19 @@ from redis.exceptions import RedisError
 
 from service.domain.errors import UnavailableError
 from service.logs import configure_logs
-from service.store.database import Connection, connect
+from service.store.database import Connection, connect, make_pool
 from workers.barrier import Barrier
 from workers.context import Context, context
 from workers.reaper import Reaper
 from workers.relay import Relay
+from workers.replays import Replays
+from workers.sequencer import PUBLISH_SECONDS, SEQUENCE_SECONDS, Sequencer
 
 log = structlog.get_logger()
 
 RELAY_SECONDS = 0.25
 REAPER_SECONDS = 1.0
+REPLAY_SECONDS = 5.0
 WAITING_SECONDS = 0.02
 """How often the barrier looks while a floor is waited for, should a notification be lost."""
 ACKNOWLEDGE_SECONDS = 0.01
@@ -76,10 +82,17 @@ def main() -> None:
     barrier = Barrier(chosen.pool, margin=chosen.settings.lease_margin_ms / 1000)
     relay = Relay(chosen.pool, chosen.bell)
     reaper = Reaper(chosen.pool, chosen.artifacts, job_attempts=chosen.settings.job_attempts)
+    replays = Replays(chosen.pool, chosen.bell, sample=chosen.settings.replay_daily_sample)
+    numbers = make_pool(chosen.settings.database_url, size=2, checked=False)  # of its own: it is asked all the time
+    numbers.open()
+    sequencer = Sequencer(numbers, chosen.artifacts, chosen.settings)
     loops = [
         threading.Thread(target=watch, args=(stop, chosen, barrier)),
         threading.Thread(target=every, args=(stop, "relay", RELAY_SECONDS, relay.look)),
         threading.Thread(target=every, args=(stop, "reaper", REAPER_SECONDS, reaper.look)),
+        threading.Thread(target=every, args=(stop, "replays", REPLAY_SECONDS, replays.look)),
+        threading.Thread(target=every, args=(stop, "sequencer", SEQUENCE_SECONDS, sequencer.look)),
+        threading.Thread(target=every, args=(stop, "ledger", PUBLISH_SECONDS, sequencer.look_and_publish)),
     ]
     for loop in loops:
         loop.start()
@@ -89,6 +102,7 @@ def main() -> None:
             stop.set()
     for loop in loops:
         loop.join(timeout=5)
+    numbers.close()
     chosen.pool.close()
 
 

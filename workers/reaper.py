@@ -3,6 +3,7 @@
 import time
 
 import structlog
+from service.store.ledger_files import is_ledger_file
 
 from service.evidence.events import EventKind
 from service.store import events, jobs, objects
@@ -82,7 +83,7 @@ class Reaper:
         there = self._artifacts.names(older_than=ABANDONED_SECONDS)
         with transaction(self._pool) as connection:
             known = objects.list_names(connection)
-        strays = [name for name in there if name not in known]
+        strays = [name for name in there if name not in known and not is_ledger_file(name)]
         for name in strays:
             log.warning("artifact.stray", object_name=name)
             self._artifacts.delete(name)

@@ -10,14 +10,17 @@ import structlog
 
 from service.domain.requests import State
 from service.evidence.events import EventKind
-from service.store import cells, events, jobs, models, publish, stages, targets
+from service.store import cells, events, jobs, models, publish, stages, targets, tombstones
 from service.store.database import Connection, retrying, transaction
 from service.store.models import Model
-from service.store.targets import Claimed, Place
+from service.store.targets import Claimed
+from service.store.tombstones import Place
 from shards import plan
+from workers import deferring
 from workers.certify import certify_target
 from workers.context import Context
 from workers.erase import erase_target
+from workers.rebuild import publish_model, rebuild_model
 
 __all__ = ["certify_target", "erase_target", "plan_targets", "publish_model", "rebuild_model"]
 
@@ -108,33 +111,45 @@ def _deactivate(connection: Connection, model: Model, claimed: list[Claimed]) ->
 
 def _deactivate_in_pipeline(connection: Connection, model: Model, claimed: list[Claimed]) -> None:
     targets.lock_subjects(connection, [one.subject_id for one in claimed if one.subject_id])
-    places = targets.list_places(connection, model.model_id, model.dataset_id, [one.request_id for one in claimed])
+    places = tombstones.list_places(connection, model.model_id, model.dataset_id, [one.request_id for one in claimed])
     cells.hold_cells(connection, {place.cell_id for place in places})
     matched = list(dict.fromkeys(place.request_id for place in places))
     unmatched = [one.request_id for one in claimed if one.request_id not in set(matched)]
     if unmatched:
         _complete_unmatched(connection, model, unmatched)
-        targets.insert_do_not_train(connection, model.dataset_id, unmatched)  # of those who are known otherwise
+        tombstones.insert_do_not_train(connection, model.dataset_id, unmatched)  # of those who are known otherwise
     if not matched:
         return
-    fresh = targets.insert_tombstones(connection, places)
+    tombstones.insert_tombstones(connection, places)
     targets.insert_targets(connection, model.dataset_id, matched)
-    targets.insert_do_not_train(connection, model.dataset_id, matched)
+    tombstones.insert_do_not_train(connection, model.dataset_id, matched)
     found = publish.candidate(connection, model)
     for key in jobs.cancel(connection, found.tainted):
         events.append(connection, EventKind.STAGE_CANCELLED, model_id=model.model_id, stage=key)
     held = stages.list_held(connection, model.model_id, model.recipe_digest, {place.cell_id for place in places})
     touched = stages.list_touched_by(connection, held, matched)
     tainted = {request_id: sorted(plan.tainted(held.values(), touched[request_id])) for request_id in matched}
+    due = min(one.due_at for one in claimed if one.request_id in tainted)
+    models.mark_rebuild_wanted(connection, model.model_id, due=due)
+    settled = deferring.settle(connection, model, claimed, places, tainted)
+    if settled.changed:
+        model = settled.model
+        found = publish.candidate(connection, model)
+    now = [request_id for request_id in matched if request_id not in settled.waiting]
+    if not now:
+        return
     version = model.floor
     # The same assembly needs a new version, too, where the floor lets an older one be served, or where replicas hold
     # weights in reserve that have just become tainted and must leave their memory.
-    changed = found.assembly.digest != found.served or model.floor < model.version or (fresh and found.reserve)
+    changed = (
+        found.assembly.digest != found.served
+        or model.floor < model.version
+        or (found.reserve and tombstones.are_new(connection, model.model_id, places))
+    )
     if model.version > 0 and changed:
         version = publish.publish(connection, model, found, cause="deactivate")
-    models.mark_rebuild_wanted(connection, model.model_id)
-    _freeze_plans(connection, model, version, places, tainted)
-    targets.refresh_requests(connection, matched)
+    _freeze_plans(connection, model, version, places, {request_id: tainted[request_id] for request_id in now})
+    targets.refresh_requests(connection, now)
 
 
 def _complete_unmatched(connection: Connection, model: Model, unmatched: list[UUID]) -> None:
@@ -171,72 +186,3 @@ def _freeze_plans(
 def _fail(connection: Connection, request_id: UUID, model_id: int, error: str) -> None:
     if targets.mark_failed(connection, request_id, model_id, State.RECEIVED, error):
         log.error("target.failed", request_id=str(request_id), model_id=model_id, error=error)
-
-
-def rebuild_model(context: Context, model_id: int) -> int:
-    """Queue every stage that full depth of all orders needs on today's manifests; returns how many.
-
-    Cells whose records are sealed but not erased get their next manifest first, so that no new stage reads them.
-    """
-
-    def step() -> int:
-        with transaction(context.pool) as connection:
-            return _queue_missing(connection, model_id)
-
-    _seal(context, model_id)
-    queued = retrying(step)
-    if queued:
-        context.bell.ring("stages.train")
-    return queued
-
-
-def _seal(context: Context, model_id: int) -> None:
-    """Give cells with sealed records their next manifest, one by one and without the model's lock.
-
-    Hashing a large cell takes longer than a heartbeat may wait.
-    """
-    with transaction(context.pool) as connection:
-        sealed = cells.list_sealed(connection, models.get_model_by_id(connection, model_id).dataset_id)
-    for cell_id in sealed:
-        with transaction(context.pool) as connection:
-            for cell in cells.lock_cells(connection, [cell_id]):
-                if cells.is_sealed(connection, cell):
-                    cells.advance(connection, cell, object_name=cell.object_name)
-
-
-def _queue_missing(connection: Connection, model_id: int) -> int:
-    model = models.lock_model(connection, model_id)
-    if cells.list_sealed(connection, model.dataset_id):
-        return 0  # a deletion came between: `rebuild_wanted` stands, and the relay rings again
-    recipe = model.parsed_recipe
-    grid = cells.list_grid(connection, model.dataset_id)
-    open_stages = stages.list_open(connection, model_id, model.recipe_digest)
-    have = frozenset(open_stages.stages) - plan.tainted(
-        open_stages.stages.values(), stages.list_touched(connection, open_stages.stages)
-    )
-    wanted = plan.missing(model.recipe_digest, recipe.slice_orders, publish.today(connection, model), have)
-    places = {(cell.shard, cell.slice): (cell.cell_id, cell.generation) for cell in grid}
-    stages.insert_stages(connection, model_id, wanted, places)
-    jobs.insert_jobs(connection, model_id, [stage.key for stage in wanted])
-    if wanted:
-        events.append(connection, EventKind.STAGE_QUEUED, model_id=model_id, stages=[stage.key for stage in wanted])
-    models.mark_rebuild_planned(connection, model_id, building=bool(wanted))
-    return len(wanted)
-
-
-def publish_model(context: Context, model_id: int) -> int | None:
-    """Serve the best clean assembly once no job is open; None when jobs are, or nothing changed."""
-
-    def step() -> int | None:
-        with transaction(context.pool) as connection:
-            model = models.lock_model(connection, model_id)
-            if not model.building or jobs.count_open(connection, model_id):
-                return None
-            models.mark_built(connection, model_id)
-            found = publish.candidate(connection, model)
-            if found.assembly.digest == found.served:
-                return None
-            cause = "rebuild" if model.version else "train"
-            return publish.publish(connection, model, found, cause=cause)
-
-    return retrying(step)

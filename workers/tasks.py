@@ -2,7 +2,7 @@
 
 from uuid import UUID
 
-from workers import steps
+from workers import replays, steps
 from workers.app import app
 from workers.context import context
 
@@ -43,3 +43,9 @@ def train_stages() -> None:
     from workers.training import train_queued  # noqa: PLC0415 - torch costs seconds, and only this queue needs it
 
     train_queued(context())
+
+
+@app.task(name="stages.replay")
+def replay_stage(replay_id: int) -> None:
+    """Train a drawn stage's chain again from nothing, in a process of its own, and compare."""
+    replays.run_replay(context(), replay_id)

@@ -9,20 +9,23 @@ from uuid import UUID, uuid4
 import structlog
 
 from service.evidence.events import EventKind
-from service.store import cells, events, jobs, lineage, models, objects, payloads, records, stages
+from service.store import cells, events, jobs, lineage, models, objects, payloads, quarantine, records, stages
 from service.store.artifacts import ArtifactMissingError
 from service.store.database import Connection, connect, retrying, transaction
 from service.store.jobs import Job
 from service.store.models import Model
 from shards.digest import digest_of, sha256_hex
 from shards.engine.artifacts import decode_verified
-from shards.engine.determinism import fingerprint, prepare
-from shards.engine.s3t import S3T, check_lineage
-from shards.errors import ArtifactDigestError
+from shards.engine.determinism import prepare
+from shards.engine.interface import Trainer, check_lineage
+from shards.engine.registry import open_trainer
+from shards.engine.replay import platform_of
+from shards.engine.scratch import reap
+from shards.errors import ArtifactDigestError, BackboneError, MemoryShortageError, RecipeError
 from shards.manifest import Record
 from shards.recipe import Recipe
 from shards.stages import Stage
-from workers import evaluation
+from workers import evaluation, repetition
 from workers.context import Context
 
 log = structlog.get_logger()
@@ -47,7 +50,8 @@ def train_queued(context: Context) -> int:
     leave it at the end, and when another model's turn comes.
     """
     trained, after = 0, None
-    engine: S3T | None = None
+    engine: Trainer | None = None
+    reap()
     try:
         while True:
             with transaction(context.pool) as connection:
@@ -67,7 +71,7 @@ def train_queued(context: Context) -> int:
             _forget(engine)
 
 
-def _forget(engine: S3T) -> None:
+def _forget(engine: Trainer) -> None:
     """Nothing of a stage or a record outlives its erasure in an idle trainer's memory."""
     engine.clear()
     evaluation.forget()
@@ -80,14 +84,15 @@ def _publish_when_last(context: Context, model_id: int) -> None:
         context.bell.ring("model.publish", model_id)
 
 
-def _attempt(context: Context, job: Job) -> tuple[S3T | None, bool]:
+def _attempt(context: Context, job: Job) -> tuple[Trainer | None, bool]:
     """One attempt at a job; whatever goes wrong is on the job's row, and the worker lives on."""
-    engine: S3T | None = None
+    engine: Trainer | None = None
     error = ""
     try:
         with transaction(context.pool) as connection:
             model = models.get_model_by_id(connection, job.model_id)
-        engine = _engine(model.recipe_digest, context.settings.device, model.parsed_recipe)
+        commands = tuple((name, tuple(argv)) for name, argv in context.settings.commands.items())
+        engine = _engine(model.recipe_digest, context.settings.device, model.parsed_recipe, commands)
         _forget_deleted(context, engine, keep=set())
         _train(context, engine, model, job)
     except CancelledError:
@@ -98,13 +103,19 @@ def _attempt(context: Context, job: Job) -> tuple[S3T | None, bool]:
     except RefusedError as refusal:
         error = str(refusal)
     except Exception as failure:  # noqa: BLE001 - a job must never take its worker with it; the class goes on the row
-        error = type(failure).__name__
+        error = _told(failure)
         log.warning("stage.attempt_failed", stage=job.stage_key, error=error)
     if error:
         if engine is not None:
             engine.clear()  # before Postgres is asked, which may be what is away
         _mark_tried(context, job, error)
     return engine, not error
+
+
+def _told(failure: Exception) -> str:
+    """The class of a failure; with its message where that names nothing but steps, files and fields of the recipe."""
+    name = type(failure).__name__
+    return f"{name}: {failure}" if isinstance(failure, BackboneError | RecipeError | MemoryShortageError) else name
 
 
 def _mark_tried(context: Context, job: Job, error: str) -> None:
@@ -122,18 +133,15 @@ def _mark_tried(context: Context, job: Job, error: str) -> None:
 
 
 @lru_cache(maxsize=1)
-def _engine(_recipe_digest: str, device: str, recipe: Recipe) -> S3T:
+def _engine(
+    _recipe_digest: str, device: str, recipe: Recipe, commands: tuple[tuple[str, tuple[str, ...]], ...]
+) -> Trainer:
     """The engine of one recipe, kept while this worker trains it."""
     prepare()
-    return S3T(recipe, device=device)
+    return open_trainer(recipe, device, dict(commands))
 
 
-def platform_of(engine: S3T, device: str) -> dict[str, str]:
-    """The platform fingerprint of what this process trains."""
-    return fingerprint(device, engine.recipe.precision) | {"trunk": engine.purity}
-
-
-def _train(context: Context, engine: S3T, model: Model, job: Job) -> None:
+def _train(context: Context, engine: Trainer, model: Model, job: Job) -> None:
     with _Beat(context, job) as alive:
         stage, rows, parents = _inputs(context, model, job)
 
@@ -150,17 +158,19 @@ def _train(context: Context, engine: S3T, model: Model, job: Job) -> None:
         data = engine.train(stage, rows, parents, progress)
         name = f"stages/{stage.key}/{sha256_hex(data)}/{uuid4()}.safetensors"
         platform = platform_of(engine, context.settings.device)
+        if repetition.untried(model):
+            repetition.compare(context, model, stage, data, engine.train(stage, rows, parents, progress), platform)
         parent = sha256_hex(parents[-1]) if parents else None
         _write(context, job, name, data, kind="stage", parent=parent, platform=platform)
         names = [name, *evaluation.write(context, engine, model, job, stage, [*parents, data], platform)]
         _publish(context, model, job, stage, sha256_hex(data), names, platform)
 
 
-def _forget_deleted(context: Context, engine: S3T, *, keep: set[UUID]) -> None:
+def _forget_deleted(context: Context, engine: Trainer, *, keep: set[UUID]) -> None:
     """Drop features of records that were deleted; those to `keep` are in use, and cancel their job if deleted."""
-    held = [record_id for record_id in engine.trunk.record_ids if record_id not in keep]
+    held = [record_id for record_id in engine.record_ids if record_id not in keep]
     with transaction(context.pool) as connection:
-        engine.trunk.forget(records.list_tombstoned(connection, held))
+        engine.forget(records.list_tombstoned(connection, held))
 
 
 def _inputs(context: Context, model: Model, job: Job) -> tuple[Stage, list[Record], list[bytes]]:
@@ -263,6 +273,8 @@ def _publish(
 def _make_live(
     connection: Connection, model: Model, job: Job, digest: str, names: list[str], platform: str
 ) -> str | None:
+    if digest in quarantine.list_digests(connection, model.model_id, job.stage_key, platform):
+        return _refuse(connection, model, job, names, "Quarantined")
     others = objects.list_live_digests(connection, job.stage_key, platform)
     if any(other != digest for other in others):
         events.append(
@@ -276,7 +288,7 @@ def _make_live(
         return _refuse(connection, model, job, names, "DigestMismatch")
     if others or not objects.mark_live(connection, names):
         return _refuse(connection, model, job, names, "AlreadyLive" if others else "Doomed")
-    jobs.mark_done(connection, job)
+    jobs.mark_done(connection, job, platform)
     events.append(
         connection,
         EventKind.STAGE_TRAINED,

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from service.api import datasets, errors, health, models, request, requests
+from service.api import audit, datasets, errors, exports, health, holds, models, replays, request, requests
 from service.api.context import Context
 from service.api.doorbell import Doorbell
 from service.api.key_cache import KeyCache
@@ -66,8 +66,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    for router in (requests.router, request.router, datasets.router, models.router, health.router):
-        app.include_router(router)
+    for part in (requests, request, holds, datasets, models, replays, exports, audit, health):
+        app.include_router(part.router)
     app.add_middleware(LimitBody, upload_limit=settings.upload_limit_bytes)
     app.add_middleware(Observe, metrics=HttpMetrics(registry))
     return app

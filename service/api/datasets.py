@@ -15,6 +15,7 @@ from service.domain.errors import InvalidInputError
 from service.store import datasets, ingest
 from service.store.database import transaction
 from service.store.datasets import Dataset
+from service.store.priors import Prior
 from shards.partition import dataset_key
 
 CHUNK = 2**20
@@ -25,9 +26,10 @@ router = APIRouter(prefix="/v1/datasets", tags=["datasets"], responses=RESPONSES
 
 @router.post("", status_code=201)
 def create_dataset(body: NewDataset, here: Here, _caller: DataWriter, response: Response) -> dict[str, Any]:
-    """Declare a dataset; its grid, classes and row cap never change."""
+    """Declare a dataset; its grid, classes, priors and row cap never change."""
     with transaction(here.pool) as connection:
-        made = datasets.insert_dataset(connection, **body.model_dump())
+        priors = [Prior(**prior.model_dump()) for prior in body.priors]
+        made = datasets.insert_dataset(connection, **body.model_dump(exclude={"priors"}), priors=priors)
     response.headers["Location"] = f"/v1/datasets/{made.name}"
     return _shown(made, 0)
 
@@ -66,6 +68,10 @@ async def upload_records(name: NamePath, request: Request, here: Here, _caller: 
         dataset_key=dataset_key(here.secrets.partition, dataset.dataset_id),
         pepper=here.secrets.pepper,
         classes=dataset.classes,
+        task=dataset.task,
+        input_kind=dataset.input,
+        width=dataset.width,
+        priors=dataset.priors,
         record_limit=here.settings.record_limit_bytes,
     )
     refusal = await _read(request, reader)

@@ -1,24 +1,27 @@
 """Models: declare, list, train or rebuild, look at the grid and the versions."""
 
 import re
+from collections.abc import Collection
 from datetime import timedelta
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 
 from service.api.auth import Caller, ModelAdmin
 from service.api.context import Here
 from service.api.doorbell import Task
 from service.api.errors import RESPONSES
-from service.api.schemas import NamePath, NewModel
+from service.api.schemas import ModelChange, NamePath, NewModel, RebuildPolicy
 from service.domain.errors import InvalidInputError
-from service.store import datasets, grid, models
+from service.store import capacity, datasets, grid, models, policies
 from service.store.database import Connection, transaction
 from service.store.datasets import Dataset
 from service.store.declare import declare_model
 from service.store.models import Model
+from service.store.priors import Prior
 from shards.assembly import Assembly
 from shards.errors import RecipeError
+from shards.rebuild import Policy
 from shards.recipe import Recipe
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses=RESPONSES)
@@ -28,6 +31,9 @@ router = APIRouter(prefix="/v1/models", tags=["models"], responses=RESPONSES)
 def create_model(body: NewModel, here: Here, _caller: ModelAdmin, response: Response) -> dict[str, Any]:
     """Declare a model; nothing is trained before the first rebuild."""
     recipe = _recipe(body.recipe)
+    policy = _policy(body.rebuild, recipe)
+    _check_min_shards(body.min_shards, recipe)
+    _check_command(recipe, here.settings.commands, evaluated=body.evaluation_dataset is not None)
     with transaction(here.pool) as connection:
         dataset = _declared(connection, body.dataset, "dataset")
         _check_grid(recipe, dataset)
@@ -42,6 +48,8 @@ def create_model(body: NewModel, here: Here, _caller: ModelAdmin, response: Resp
             evaluation_id=evaluation.dataset_id if evaluation else None,
             recipe=recipe,
             erase_after=timedelta(seconds=body.erase_after_seconds),
+            policy=policy,
+            min_shards=body.min_shards,
         )
         response.headers["Location"] = f"/v1/models/{made.name}"
         return _shown(connection, made)
@@ -62,12 +70,34 @@ def get_model(name: NamePath, here: Here, _caller: Caller) -> dict[str, Any]:
         return {**_shown(connection, model), "recipe": model.recipe}
 
 
+@router.patch("/{name}")
+def change_model(name: NamePath, body: ModelChange, here: Here, caller: ModelAdmin) -> dict[str, Any]:
+    """Set when missing stages are trained, and how few shards may answer.
+
+    Deletions that waited under the old rebuild policy are dealt with by the new one.
+    """
+    with transaction(here.pool) as connection:
+        changed = models.get_model(connection, name)
+        recipe = changed.parsed_recipe
+        if body.min_shards is not None:
+            _check_min_shards(body.min_shards, recipe)
+            changed = policies.set_min_shards(connection, name, body.min_shards, actor=caller.prefix)
+        if body.rebuild is not None:
+            policy = _policy(body.rebuild, recipe)
+            changed = policies.set_policy(connection, name, policy, actor=caller.prefix)
+        shown = _shown(connection, changed)
+    if changed.rebuild_wanted:
+        here.doorbell.ring(Task.REBUILD, changed.model_id)
+        here.doorbell.ring(Task.PLAN, changed.model_id)
+    return shown
+
+
 @router.post("/{name}/rebuild", status_code=202)
 def rebuild_model(name: NamePath, here: Here, _caller: ModelAdmin) -> dict[str, Any]:
-    """Train the stages that are missing on today's records; the first time, all of them."""
+    """Train now what is missing or stale, whatever the rebuild policy waits for; the first time, everything."""
     with transaction(here.pool) as connection:
         model = models.get_model(connection, name)
-        models.mark_rebuild_wanted(connection, model.model_id)
+        models.mark_rebuild_wanted(connection, model.model_id, forced=True)
     here.doorbell.ring(Task.REBUILD, model.model_id)
     return {"model": name, "links": {"model": f"/v1/models/{name}", "shards": f"/v1/models/{name}/shards"}}
 
@@ -89,19 +119,39 @@ def get_shards(name: NamePath, here: Here, _caller: Caller) -> dict[str, Any]:
         }
 
 
+@router.get("/{name}/capacity")
+def get_capacity(
+    name: NamePath,
+    here: Here,
+    _caller: Caller,
+    per_day: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None,
+    layers: Annotated[int | None, Query(ge=1, le=10_000)] = None,
+) -> dict[str, Any]:
+    """How many more deletions the model stands, what they cost, and what its rebuild policy would train now.
+
+    `per_day` is the expected deletions a day, by default the model's own of the last 30 days; `layers` those of the
+    backbone, for the comparison with SISA.
+    """
+    with transaction(here.pool) as connection:
+        model = models.get_model(connection, name)
+        found = capacity.forecast(connection, model, per_day=per_day, layers=layers)
+        return {"model": name, "version": model.version, **found.to_json()}
+
+
 @router.get("/{name}/versions")
 def list_versions(name: NamePath, here: Here, _caller: Caller) -> dict[str, Any]:
     """The newest versions first."""
     with transaction(here.pool) as connection:
         model = models.get_model(connection, name)
         found = models.list_versions(connection, model.model_id)
+    recipe = model.parsed_recipe
     versions = [
         {
             "version": version.version,
             "assembly": version.assembly,
             "cause": version.cause,
             "canonical": version.canonical,
-            "depths": list(Assembly.from_json(version.body).depths),
+            "depths": grid.depths(recipe, Assembly.from_json(version.body)),
             "created_at": version.created_at.isoformat(),
         }
         for version in found
@@ -115,13 +165,29 @@ def _recipe(body: dict[str, Any]) -> Recipe:
     except RecipeError as error:
         named = re.match(r"recipe(\.\w+)*", str(error))
         raise InvalidInputError(str(error), field=named[0] if named else "recipe") from None
-    if recipe.backbone.provenance == "own_contains_subjects":
+    if recipe.backbone is not None and recipe.backbone.provenance == "own_contains_subjects":
         raise InvalidInputError(
             "recipe.backbone.provenance: a backbone that was trained on the subjects cannot forget them here:"
             " take one that is public or own_clean",
             field="recipe.backbone.provenance",
         )
     return recipe
+
+
+def _policy(body: RebuildPolicy, recipe: Recipe) -> Policy:
+    try:
+        policy = Policy(kind=body.kind, spares=body.spares, min_depth=body.min_depth)
+        policy.check(recipe)
+    except RecipeError as error:
+        message = str(error).replace("policy.", "rebuild.")
+        named = re.match(r"rebuild(\.\w+)*", message)
+        raise InvalidInputError(message, field=named[0] if named else "rebuild") from None
+    return policy
+
+
+def _check_min_shards(min_shards: int, recipe: Recipe) -> None:
+    if min_shards > recipe.seats:
+        raise InvalidInputError(f"min_shards must be at most {recipe.seats}, the model's", field="min_shards")
 
 
 def _declared(connection: Connection, name: str, field: str) -> Dataset:
@@ -137,11 +203,42 @@ def _check_grid(recipe: Recipe, dataset: Dataset) -> None:
         ("shards", dataset.shards),
         ("slices", dataset.slices),
         ("classes", tuple(dataset.classes)),
+        ("task", dataset.task),
+        ("input", dataset.input),
     ):
         if getattr(recipe, field) != wanted:
             raise InvalidInputError(
                 f"recipe.{field} differs from the dataset's: make them equal", field=f"recipe.{field}"
             )
+    if recipe.module is not None and recipe.module.width != dataset.width:
+        raise InvalidInputError(
+            f"recipe.module.width differs from the dataset's width, {dataset.width}: make them equal",
+            field="recipe.module.width",
+        )
+    if [Prior(each.name, each.slices, each.expires) for each in recipe.prior] != list(dataset.priors):
+        raise InvalidInputError(
+            "recipe.prior differs from the dataset's priors: give each of them, in the same order and with the same"
+            " slices and expires, a rate",
+            field="recipe.prior",
+        )
+
+
+def _check_command(recipe: Recipe, commands: Collection[str], *, evaluated: bool) -> None:
+    """A command is the operator's to allow, never a caller's to give."""
+    if recipe.engine != "external":
+        return
+    if recipe.command not in commands:
+        raise InvalidInputError(
+            "recipe.command is not among the commands that the operator allows (EXPUNGE_COMMANDS): take one of those,"
+            " or ask for it",
+            field="recipe.command",
+        )
+    if evaluated:
+        raise InvalidInputError(
+            "evaluation_dataset: models of engine external are not served here, so nothing can evaluate them: leave it"
+            " out",
+            field="evaluation_dataset",
+        )
 
 
 def _check_evaluation(recipe: Recipe, evaluation: Dataset) -> None:
@@ -149,10 +246,12 @@ def _check_evaluation(recipe: Recipe, evaluation: Dataset) -> None:
         raise InvalidInputError(
             "an evaluation dataset must be declared with deletable: false", field="evaluation_dataset"
         )
-    if tuple(evaluation.classes) != recipe.classes:
-        raise InvalidInputError(
-            "the evaluation dataset's classes differ from recipe.classes", field="evaluation_dataset"
-        )
+    for field in ("classes", "task", "input"):
+        said = getattr(evaluation, field)
+        if (tuple(said) if field == "classes" else said) != getattr(recipe, field):
+            raise InvalidInputError(
+                f"the evaluation dataset's {field} differs from recipe.{field}", field="evaluation_dataset"
+            )
 
 
 def _shown(connection: Connection, model: Model) -> dict[str, Any]:
@@ -170,7 +269,13 @@ def _shown(connection: Connection, model: Model) -> dict[str, Any]:
         "cleared": model.cleared,
         "erase_after_seconds": int(model.erase_after.total_seconds()),
         "jobs": {row.state: row.jobs for row in grid.count_jobs(connection, model.model_id)},
-        "depths": list(assembly.depths) if assembly else [0] * recipe.shards,
+        "depths": grid.depths(recipe, assembly),
         "slices": recipe.slices,
         "building": model.building or model.rebuild_wanted,
+        "rebuild": model.policy.to_json(),
+        "min_shards": model.min_shards,
+        "rebuild_at": model.rebuild_at.isoformat() if model.rebuild_at else None,
+        "rebuild_due": model.rebuild_due.isoformat() if model.rebuild_due else None,
+        "deferring": model.deferring,
+        "reproducible": model.reproducible,
     }

@@ -1,19 +1,21 @@
-"""One deletion request: its state, its events, its certificate, and another try."""
+"""One deletion request: its state, its events, its certificate, another try, and its withdrawal."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import JSONResponse
 
-from service.api.auth import Auditor, DeletionApprover, DeletionReader
-from service.api.context import Here
+from service.api.auth import Auditor, DeletionApprover, DeletionReader, DeletionWriter
+from service.api.context import Context, Here
 from service.api.doorbell import Task
 from service.api.errors import RESPONSES
-from service.api.schemas import NAME_PATTERN
+from service.api.schemas import NAME_PATTERN, Withdrawal
 from service.api.views import request_view, sees_outcomes
 from service.domain.requests import State
-from service.store import events, request_steps, requests
+from service.store import events, lifts, request_steps, requests
+from service.store.api_keys import ApiKey
 from service.store.database import retrying, transaction
 
 router = APIRouter(prefix="/v1/deletion-requests", tags=["deletion requests"], responses=RESPONSES)
@@ -81,4 +83,35 @@ def retry_request(request_id: RequestId, here: Here, caller: DeletionApprover) -
     for model_id, state in resumed.items():
         if state is State.RECEIVED:  # the other states are the loops' and the relay's business
             here.doorbell.ring(Task.PLAN, model_id)
+    return JSONResponse(view, status_code=202)
+
+
+@router.post("/{request_id}/lift", status_code=202)
+def lift_request(request_id: RequestId, body: Withdrawal, here: Here, caller: DeletionApprover) -> JSONResponse:
+    """End a restriction (kinds `restrict` and `object`): the same records serve again as before it.
+
+    Records that another request is about stay out until that one is withdrawn, too.
+    """
+    return _withdraw(lifts.lift, request_id, body, here, caller)
+
+
+@router.post("/{request_id}/revoke", status_code=202)
+def revoke_request(request_id: RequestId, body: Withdrawal, here: Here, caller: DeletionWriter) -> JSONResponse:
+    """Take back a request that nothing was done for yet, and an erasure until erasing begins."""
+    return _withdraw(lifts.revoke, request_id, body, here, caller)
+
+
+def _withdraw(
+    verb: Callable[..., list[int]], request_id: UUID, body: Withdrawal, here: Context, caller: ApiKey
+) -> JSONResponse:
+    def step() -> tuple[dict[str, Any], list[int]]:
+        with transaction(here.pool) as connection:
+            changed = verb(connection, request_id, actor=caller.prefix, reason_code=body.reason_code)
+            request = requests.get_request(connection, request_id)
+            targets = requests.list_targets(connection, [request_id])[request_id]
+            return request_view(request, targets, full=sees_outcomes(caller)), changed
+
+    view, changed = retrying(step)
+    for model_id in changed:
+        here.doorbell.ring(Task.REBUILD, model_id)
     return JSONResponse(view, status_code=202)

@@ -1,8 +1,5 @@
 """Deletion requests: receive, preview, list."""
 
-import base64
-import binascii
-import json
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID, uuid4
@@ -12,6 +9,7 @@ from fastapi.responses import JSONResponse
 
 from service.api.auth import Auditor, DeletionReader, DeletionWriter
 from service.api.context import Context, Here
+from service.api.cursors import make_cursor, open_cursor
 from service.api.doorbell import Task
 from service.api.errors import RESPONSES
 from service.api.schemas import About, NewRequest
@@ -63,9 +61,9 @@ def receive_request(body: NewRequest, here: Here, caller: DeletionWriter, key: K
 def preview_request(body: About, here: Here, _caller: Auditor) -> dict[str, Any]:
     """What a deletion would touch and cost, and accuracy before and after where it was measured; changes nothing."""
     # Deferred: it loads pyarrow, which no other call of this module needs.
-    from service.store.preview import preview  # noqa: PLC0415
+    from service.store.preview import Draft, preview  # noqa: PLC0415
 
-    found: list[dict[str, Any]] = []
+    drafts: list[Draft] = []
     with transaction(here.pool) as connection:
         dataset_id, external = _named_records(connection, here, body)
         for model in request_steps.list_deletable(connection, body.models):
@@ -78,8 +76,8 @@ def preview_request(body: About, here: Here, _caller: Auditor) -> dict[str, Any]
                 record_ids = external
             else:
                 continue
-            found.append({"model": model.name, **preview(connection, here.artifacts, model, record_ids).to_json()})
-    return {"models": found}
+            drafts.append(preview(connection, model, record_ids))
+    return {"models": [draft.measured(here.artifacts).to_json() for draft in drafts]}
 
 
 @router.get("/v1/deletion-requests")
@@ -91,12 +89,12 @@ def list_requests(
     limit: Annotated[int, Query(ge=1, le=200)] = PAGE,
 ) -> dict[str, Any]:
     """Requests, newest first; `next` is the cursor of the following page, null on the last."""
-    before = None if cursor is None else _open_cursor(cursor)
+    before = None if cursor is None else open_cursor(cursor)
     with transaction(here.pool) as connection:
         found = requests.list_requests(connection, state=state, before=before, limit=limit + 1)
         page = found[:limit]
         targets = requests.list_targets(connection, [request.request_id for request in page])
-    following = _cursor(page[-1].created_at, page[-1].request_id) if len(found) > limit else None
+    following = make_cursor(page[-1].created_at, page[-1].request_id) if len(found) > limit else None
     views = [request_view(each, targets[each.request_id], full=sees_outcomes(caller)) for each in page]
     return {"requests": views, "next": following}
 
@@ -193,15 +191,3 @@ def _read(connection: Connection, request_id: UUID, caller: ApiKey) -> dict[str,
     request = requests.get_request(connection, request_id)
     targets = requests.list_targets(connection, [request_id])[request_id]
     return request_view(request, targets, full=sees_outcomes(caller))
-
-
-def _cursor(moment: datetime, request_id: UUID) -> str:
-    return base64.urlsafe_b64encode(json.dumps([moment.isoformat(), str(request_id)]).encode()).decode()
-
-
-def _open_cursor(cursor: str) -> tuple[datetime, UUID]:
-    try:
-        moment, request_id = json.loads(base64.urlsafe_b64decode(cursor))
-        return datetime.fromisoformat(moment), UUID(request_id)
-    except (binascii.Error, ValueError, TypeError, AttributeError):
-        raise InvalidInputError("the cursor is not one that this API gave out", field="cursor") from None

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import Path
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -13,10 +13,12 @@ from service.store.subjects import TYPE_PATTERN, VALUE_LIMIT, normalise
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 REFERENCE = r"^[A-Za-z0-9._:/#-]+$"
 """A ticket number: no spaces and no @, so no room for a name or an address."""
+REASON_CODE = r"^[a-z][a-z0-9_]{0,63}$"
 PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 NamePath = Annotated[str, Path(pattern=NAME_PATTERN)]
+ReasonCode = Annotated[str, StringConstraints(pattern=REASON_CODE)]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=PRINTABLE)]
 ExternalId = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00]*$")]
 
@@ -27,22 +29,74 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class NewPrior(Body):
+    """A class of subjects who are about as likely to be deleted; how likely, the recipe says."""
+
+    name: Name
+    slices: int = Field(ge=1, le=64)
+    """How many slices of each shard are theirs alone; classes take consecutive ones in the order listed."""
+    expires: bool = False
+    """Of subjects with a known date of deletion: those whose lines carry `expires_at`."""
+
+
 class NewDataset(Body):
     """A dataset's declaration; nothing of it can change later."""
 
     name: Name
     shards: int = Field(ge=1, le=4096)
     slices: int = Field(ge=1, le=64)
-    classes: list[Label] = Field(min_length=2, max_length=10_000)
+    classes: list[Label] = Field(default=[], max_length=10_000)
+    """The labels of a classification, at least two; of other tasks none."""
+    task: Literal["classification", "regression", "completion"] = "classification"
+    """`regression`: labels are decimal numbers. `completion`: the text is a prompt, the label its answer."""
+    input: Literal["text", "image", "vector"] = "text"
+    """`image`: lines carry an image file in base64. `vector`: their text is a JSON array of numbers."""
+    width: int | None = Field(default=None, ge=1, le=1_000_000)
+    """How many numbers each vector has."""
     deletable: bool = True
     """False: an evaluation set, whose subjects cannot be deleted from it."""
     subject_row_cap: int = Field(default=1000, ge=1, le=2**31 - 1)
+    priors: list[NewPrior] = Field(default=[], max_length=64)
+    """Each subject gets one of these for good with its first record; none: all subjects share all slices."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must be distinct")
+        if self.task == "classification" and len(self.classes) < 2:
+            raise ValueError("classes must list at least two labels")
+        if self.task != "classification" and self.classes:
+            raise ValueError(f"classes: a {self.task} has none; leave the field out")
+        if (self.input == "vector") != (self.width is not None):
+            raise ValueError("width: say how many numbers a vector has; leave it out for other inputs")
+        if self.task == "completion" and self.input != "text":
+            raise ValueError("input: a completion is learnt from text")
         return self
+
+    @model_validator(mode="after")
+    def _priors_fill_the_slices(self) -> Self:
+        if not self.priors:
+            return self
+        if len({prior.name for prior in self.priors}) != len(self.priors):
+            raise ValueError("priors must have distinct names")
+        if sum(prior.slices for prior in self.priors) != self.slices:
+            raise ValueError(f"the slices of priors must add up to {self.slices}, the dataset's slices")
+        if sum(prior.expires for prior in self.priors) > 1:
+            raise ValueError("only one of priors can be the one that expires")
+        return self
+
+
+class RebuildPolicy(Body):
+    """When stages that deletions took are trained again, and how many."""
+
+    kind: Literal["now", "by_deadline", "rebuild_first", "spares", "min_depth"] = "now"
+    """`now`: at once. `by_deadline`: one batch, as late as is safe before the first due date. `rebuild_first`: the
+    replacement is trained before the deletion takes effect, in one swap. `spares`: one full order a shard and some
+    more. `min_depth`: only when a shard serves less than that."""
+    spares: int = Field(default=0, ge=0, le=64)
+    """For kind `spares`: how many more orders, each with another first slice."""
+    min_depth: int = Field(default=0, ge=0, le=64)
+    """For kind `min_depth`: the depth that is always served; for `spares`: how deep each spare is, 0 is full depth."""
 
 
 class NewModel(Body):
@@ -55,6 +109,22 @@ class NewModel(Body):
     recipe: dict[str, Any]
     erase_after_seconds: int = Field(default=0, ge=0, le=366 * 24 * 3600)
     """How long a deletion can still be revoked before payloads and weights are destroyed."""
+    rebuild: RebuildPolicy = RebuildPolicy()
+    min_shards: int = Field(default=1, ge=1, le=2**31 - 1)
+    """With fewer live shards (engine `ridge`: cells) predictions are refused, since too few would speak."""
+
+
+class ModelChange(Body):
+    """What of a model can be changed; what is left out stays."""
+
+    rebuild: RebuildPolicy | None = None
+    min_shards: int | None = Field(default=None, ge=1, le=2**31 - 1)
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.rebuild is None and self.min_shards is None:
+            raise ValueError("give rebuild, min_shards, or both")
+        return self
 
 
 class Subject(Body):
@@ -106,6 +176,7 @@ class NewRequest(About):
     """A deletion request."""
 
     kind: Kind = Kind.ERASE
+    """`restrict` and `object` take the records out of service until they are lifted, and erase nothing."""
     regime: Regime | None = None
     """Sets the due date; without one GDPR's month applies, the strictest."""
     received_at: AwareDatetime | None = None
@@ -115,8 +186,20 @@ class NewRequest(About):
 
     @model_validator(mode="after")
     def _acceptable(self) -> Self:
-        if self.kind is not Kind.ERASE:
-            raise ValueError("only the kind erase is accepted now")
         if self.received_at is not None and not EARLIEST <= self.received_at <= datetime.now(UTC):
             raise ValueError("received_at is in the future, or before the year 2000")
         return self
+
+
+class Withdrawal(Body):
+    """Why a request is withdrawn, or a restriction lifted."""
+
+    reason_code: ReasonCode
+    """A code of the operator's own, recorded with the caller's key: never a name or an address."""
+
+
+class NewHold(Body):
+    """A legal reason not to erase a subject's records."""
+
+    subject: Subject
+    reason_code: ReasonCode

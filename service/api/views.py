@@ -42,6 +42,8 @@ def _target_view(target: RequestTarget, *, full: bool) -> dict[str, Any]:
         "erased_at": _moment(target.erased_at),
         "attempts": target.attempts,
         "error": target.error,
+        "deferred_until": _moment(target.deferred_until),
+        "held": target.held,
     }
     return {
         "model": target.model,

@@ -63,6 +63,19 @@ class Client:
         with self._errors():
             return _answer(self._http.post(path, json=body, headers=dict(headers or {})))
 
+    def download(self, path: str, body: Mapping[str, Any]) -> bytes:
+        """POST JSON; the file that is answered."""
+        with self._errors():
+            response = self._http.post(path, json=body)
+            if not response.is_success:
+                _answer(response)
+            return response.content
+
+    def patch(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """PATCH JSON."""
+        with self._errors():
+            return _answer(self._http.patch(path, json=body))
+
     def send(self, path: str, chunks: Iterator[bytes], size: int) -> dict[str, Any]:
         """POST an NDJSON body of a known size."""
         headers = {"Content-Type": "application/x-ndjson", "Content-Length": str(size)}

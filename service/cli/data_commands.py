@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,10 +20,17 @@ app = typer.Typer(help="Datasets: records in cells.", no_args_is_help=True)
 def create(
     name: str,
     *,
-    classes: Annotated[list[str], typer.Option("--class", help="A label; give each one.")],
+    classes: Annotated[list[str] | None, typer.Option("--class", help="A label; give each one.")] = None,
+    task: Annotated[str, typer.Option(help="classification, regression or completion.")] = "classification",
+    input_kind: Annotated[str, typer.Option("--input", help="text, image or vector.")] = "text",
+    width: Annotated[int | None, typer.Option(help="Numbers in each vector.")] = None,
     shards: Annotated[int, typer.Option(help="Parts that are trained apart.")] = 4,
     slices: Annotated[int, typer.Option(help="Steps in which a shard is trained.")] = 3,
     subject_row_cap: Annotated[int, typer.Option(help="Most records that one subject may own.")] = 1000,
+    priors: Annotated[
+        list[str] | None,
+        typer.Option("--prior", help="A class of subjects, as name:slices or name:slices:expires; give each one."),
+    ] = None,
     evaluation: Annotated[bool, typer.Option(help="An evaluation set: declared not deletable.")] = False,
     state: StateDir = STATE,
     as_json: AsJson = False,
@@ -31,15 +38,26 @@ def create(
     """Declare a dataset; nothing of it can change later."""
     body = {
         "name": name,
-        "classes": classes,
+        "classes": classes or [],
+        "task": task,
+        "input": input_kind,
+        "width": width,
         "shards": shards,
         "slices": slices,
         "subject_row_cap": subject_row_cap,
         "deletable": not evaluation,
+        "priors": [_prior(each) for each in priors or ()],
     }
     with Client.of_state(state) as client:
         made = client.post("/v1/datasets", body)
     show(made, [f"dataset {name}: {shards} shards of {slices} slices"], as_json=as_json)
+
+
+def _prior(option: str) -> dict[str, Any]:
+    name, *rest = option.split(":")
+    if not name or len(rest) not in {1, 2} or not rest[0].isdecimal() or rest[1:] not in ([], ["expires"]):
+        raise CommandError("--prior must be name:slices or name:slices:expires, such as customers:3")
+    return {"name": name, "slices": int(rest[0]), "expires": len(rest) == 2}
 
 
 @app.command()

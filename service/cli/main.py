@@ -5,8 +5,10 @@ import sys
 import typer
 from pydantic import ValidationError
 
-from service.cli import data_commands, model_commands
+from service.cli import data_commands, ledger_commands, model_commands
+from service.cli.capacity import capacity
 from service.cli.demo import demo
+from service.cli.hold_commands import hold, holds, lift, release, revoke
 from service.cli.output import CommandError, complain
 from service.cli.replay import replay
 from service.cli.request_commands import certificate, delete, preview, requests
@@ -22,7 +24,23 @@ app = typer.Typer(
 )
 app.add_typer(data_commands.app, name="dataset")
 app.add_typer(model_commands.app, name="model")
-for command in (up, demo, delete, preview, requests, certificate, verify, replay):
+app.add_typer(ledger_commands.app, name="ledger")
+for command in (
+    up,
+    demo,
+    delete,
+    preview,
+    requests,
+    lift,
+    revoke,
+    hold,
+    holds,
+    release,
+    certificate,
+    verify,
+    replay,
+    capacity,
+):
     app.command()(command)
 
 

@@ -38,6 +38,9 @@ def delete(
     record: RecordOption = None,
     dataset: DatasetOption = None,
     model: ModelOption = None,
+    kind: Annotated[
+        str | None, typer.Option(help="erase (the default); restrict or object take out of service and erase nothing.")
+    ] = None,
     regime: Annotated[str | None, typer.Option(help="gdpr, ccpa or voluntary: sets the due date.")] = None,
     reference: Annotated[str | None, typer.Option(help="Your ticket number; no name or address.")] = None,
     key: Annotated[str | None, typer.Option(help="Idempotency key: the same one never asks twice.")] = None,
@@ -46,15 +49,16 @@ def delete(
     state: StateDir = STATE,
     as_json: AsJson = False,
 ) -> None:
-    """Ask for a deletion."""
-    body = _about(subject, record, dataset, model)
-    body |= {name: value for name, value in (("regime", regime), ("reference", reference)) if value}
+    """Ask for a deletion, a restriction, or the weighing of an objection."""
+    body = about(subject, record, dataset, model)
+    named = (("kind", kind), ("regime", regime), ("reference", reference))
+    body |= {name: value for name, value in named if value}
     with Client.of_state(state) as client:
         # A key of our own makes the call safe to repeat by whatever lies between.
         request = client.post(REQUESTS, body, {"Idempotency-Key": key or str(uuid4())})
         if wait is not None:
             request = _wait(client, request, wait, timeout)
-    show(request, _lines(request), as_json=as_json)
+    show(request, summary(request), as_json=as_json)
 
 
 def preview(
@@ -68,11 +72,12 @@ def preview(
 ) -> None:
     """What a deletion would touch and cost; changes nothing."""
     with Client.of_state(state) as client:
-        found = client.post(f"{REQUESTS}:preview", _about(subject, record, dataset, model))
+        found = client.post(f"{REQUESTS}:preview", about(subject, record, dataset, model))
     lines: list[str] = []
     for each in found["models"]:
         lines.append(f"model {each['model']}")
-        lines.extend(f"  {name}: {_plain(value)}" for name, value in each.items() if name != "model")
+        lines.extend(f"  {name}: {_plain(value)}" for name, value in each.items() if name not in {"model", "policies"})
+        lines.extend(f"  rebuild {kind}: {_work(planned)}" for kind, planned in each["policies"].items())
     show(found, lines or ["no model is concerned"], as_json=as_json)
 
 
@@ -86,8 +91,8 @@ def requests(
     """Requests and where they stand."""
     with Client.of_state(state) as client:
         if request_id is not None:
-            found = client.get(f"{REQUESTS}/{_segment(request_id)}")
-            show(found, _lines(found), as_json=as_json)
+            found = client.get(f"{REQUESTS}/{segment(request_id)}")
+            show(found, summary(found), as_json=as_json)
             return
         query = {"limit": str(limit), **({"state": in_state} if in_state else {})}
         page = client.get(REQUESTS, query)
@@ -107,7 +112,7 @@ def certificate(
 ) -> None:
     """The signed deletion certificate; `expunge verify` checks it offline."""
     with Client.of_state(state) as client:
-        path = f"{REQUESTS}/{_segment(request_id)}/certificate"
+        path = f"{REQUESTS}/{segment(request_id)}/certificate"
         envelope = client.get(path, {"model": model} if model else None)
     if output is None:
         show(envelope, [json.dumps(envelope, indent=1)], as_json=as_json)
@@ -119,9 +124,14 @@ def certificate(
     show({"written": str(output)}, [f"written to {output}"], as_json=as_json)
 
 
-def _about(
+def about(
     subject: str | None, record: list[str] | None, dataset: str | None, model: list[str] | None
 ) -> dict[str, Any]:
+    """Whom or what the options name, as the API takes it.
+
+    Raises:
+        CommandError: neither or both are named, or half of one.
+    """
     if (subject is None) == (not record):
         raise CommandError("say whose data with --subject type:value, or which records with --record")
     body: dict[str, Any] = {"models": model} if model else {}
@@ -154,7 +164,8 @@ def _wait(client: Client, request: dict[str, Any], until: Until, timeout: float)
     return request
 
 
-def _lines(request: dict[str, Any]) -> list[str]:
+def summary(request: dict[str, Any]) -> list[str]:
+    """A request for people: one line, and its targets as a table."""
     outcome = f" ({request['outcome']})" if request["outcome"] else ""
     head = f"request {request['request_id']}: {request['state']}{outcome}, due {request['due_at'][:10]}"
     rows = [
@@ -162,6 +173,13 @@ def _lines(request: dict[str, Any]) -> list[str]:
         for each in request["targets"]
     ]
     return [head, *table(("MODEL", "STATE", "VERSION", "DEACTIVATED", "COMPLETED", "ERROR"), rows)]
+
+
+def _work(planned: dict[str, Any]) -> str:
+    if not planned["stages"]:
+        return "nothing to train"
+    begin = f"from {planned['start'][:16]}" if planned["start"] else "at once"
+    return f"{planned['stages']} stages, about {planned['seconds']:.0f} s, {begin}"
 
 
 def _plain(value: Any) -> str:
@@ -172,8 +190,12 @@ def _plain(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _segment(text: str) -> str:
-    """A path segment; anything but an id would be another path."""
+def segment(text: str) -> str:
+    """A path segment; anything but an id would be another path.
+
+    Raises:
+        CommandError: it is no id.
+    """
     if not text or not all(char in "0123456789abcdef-" for char in text):
-        raise CommandError("a request id looks like 01234567-89ab-cdef-0123-456789abcdef")
+        raise CommandError("an id looks like 01234567-89ab-cdef-0123-456789abcdef")
     return text

@@ -71,7 +71,12 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.DEACTIVATING: frozenset({State.DEACTIVATED, State.FAILED}),
     State.DEACTIVATED: frozenset({State.ERASING, State.COMPLETED, State.LIFTED, State.REVOKED, State.FAILED}),
     State.ERASING: frozenset({State.COMPLETED, State.FAILED}),
-    State.COMPLETED: frozenset({State.LIFTED}),  # a restriction that is lifted
+    State.COMPLETED: frozenset(
+        {
+            State.LIFTED,  # a restriction that is lifted
+            State.REVOKED,  # no_match, beside targets of a revoked erasure that did match
+        }
+    ),
     State.DUPLICATE: frozenset({State.RECEIVED}),  # its canonical request was withdrawn (rule 29)
     State.FAILED: frozenset({State.RECEIVED, State.DEACTIVATING, State.DEACTIVATED, State.ERASING}),  # retry
     State.REJECTED: frozenset(),

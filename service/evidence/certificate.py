@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from service.evidence.dsse import sign
 from service.evidence.rows import Evidence, ObjectRow
-from service.evidence.wording import METHOD, assumptions, claims
+from service.evidence.wording import ENGINES, METHOD, NOT_RETRAIN_EQUAL, assumptions, claims
 from shards.assembly import Assembly
 from shards.digest import canonical
 from shards.stages import Stage
@@ -41,7 +41,7 @@ def build(evidence: Evidence) -> dict[str, Any]:
             **_what(evidence, assembly),
             **_removed(evidence),
             **_course(evidence),
-            "claims": claims(evidence.outcome, evidence.provenance),
+            "claims": claims(evidence.outcome, evidence.provenance, retrain_equal=evidence.retrain_equal),
             "assumptions": assumptions(evidence.provenance, evidence.backup_retention_days),
             "open_items": _open_items(evidence),
             "issuer": {
@@ -74,7 +74,7 @@ def _what(evidence: Evidence, assembly: Assembly) -> dict[str, Any]:
             "backbone": evidence.backbone_digest,
             "provenance": evidence.provenance,
         },
-        "method": METHOD[evidence.outcome],
+        "method": METHOD[evidence.outcome].format(ENGINES[evidence.engine]),
         "outcome": evidence.outcome,
         "before": {"version": evidence.version_before, "assembly": evidence.assembly_before},
         "after": {"version": evidence.version_after, "floor": evidence.floor, "assembly": assembly.to_json()},
@@ -134,6 +134,8 @@ def _open_items(evidence: Evidence) -> list[dict[str, str]]:
         for row in sorted(evidence.replicas, key=lambda row: row.process_id.bytes)
         if not row.freed
     ]
+    if not evidence.retrain_equal:
+        unconfirmed.append({"code": "retrain_equal_not_claimed", "detail": NOT_RETRAIN_EQUAL})
     return unconfirmed + [{"code": code, "detail": detail} for code, detail in evidence.open_items]
 
 

@@ -26,7 +26,7 @@ STATES = (
 CLAIMS = {
     "influence-free": (
         REDERIVED,
-        ("Every trained weight in the assembly of this version has a lineage without the deleted records."),
+        ("Every trained weight in the assembly of this version has a lineage without the records listed."),
     ),
     "retrain-equal": (
         SIGNED,
@@ -48,8 +48,8 @@ CLAIMS = {
     "erased": (
         SIGNED,
         (
-            "The payloads of the deleted records and every artefact of a tainted stage were destroyed and "
-            "then found absent from the live store, at the times stated."
+            "The payloads of the records listed and every artefact of the stages listed as tainted were "
+            "destroyed and then found absent from the live store, at the times stated."
         ),
     ),
     "restricted": (
@@ -73,14 +73,14 @@ OBJECT = {
     "absent_at": (None, TIME),
 }
 MEMBER = {"stage": HEX, "prefix": [int], "artifacts": [HEX]}
-ASSEMBLY = {"type": "expunge assembly v1", "recipe": HEX, "aggregation": ("logits", "merged"),
+ASSEMBLY = {"type": "expunge assembly v1", "recipe": HEX, "aggregation": ("logits", "merged", "sums"),
             "members": [(None, MEMBER)]}  # fmt: skip
 PREDICATE = {
     "request": {"id": UUID, "kind": ("erase", "restrict", "object"),
                 "regime": (None, "gdpr", "ccpa", "voluntary"),
                 "received_at": TIME, "due_at": TIME, "subject_commitment": HEX},
-    "model": {"name": str, "recipe": HEX, "backbone": HEX,
-              "provenance": ("public", "own_clean", "own_contains_subjects")},
+    "model": {"name": str, "recipe": HEX, "backbone": (None, HEX),
+              "provenance": (None, "public", "own_clean", "own_contains_subjects")},
     "method": str,
     "outcome": ("erased", "restricted"),
     "before": {"version": int, "assembly": (None, HEX)},

@@ -85,8 +85,10 @@ class Evidence:
 
     model_name: str
     recipe_digest: str
-    backbone_digest: str
-    provenance: str
+    engine: str = "s3t"
+    backbone_digest: str | None
+    """None: the model has no pretrained backbone."""
+    provenance: str | None
 
     version_before: int
     """The version that the deactivation replaced; 0 where nothing was served."""
@@ -121,5 +123,7 @@ class Evidence:
     issued_at: datetime
     backup_retention_days: int | None = None
     """What the operator states for snapshots, base backups and WAL archives; None: nothing stated."""
+    retrain_equal: bool = True
+    """Whether training is known to give the same bits again; a command of the operator's own may not."""
     open_items: tuple[tuple[str, str], ...] = ()
     """Further (code, detail) pairs; unconfirmed memory releases are added by `build`."""

@@ -88,12 +88,19 @@ def _stages(case: Case) -> str:
     known = {digest_of(stage): stage for stage in case.said["stages"]}
     require(len(known) == len(case.said["stages"]), "a stage is listed twice")
     used: set[str] = set()
-    for shard, member in enumerate(assembly["members"]):
+    cells = [(-1, -1)]
+    for seat, member in enumerate(assembly["members"]):
         if member is None:
             continue
         key, depth = member["stage"], len(member["artifacts"])
         stage = known.get(key, {})
-        require(stage, f"no inputs listed give the stage key {key[:12]} of shard {shard}")
+        require(stage, f"no inputs listed give the stage key {key[:12]} of seat {seat}")
+        shard = seat
+        if assembly["aggregation"] == "sums":  # a seat is a cell there, shard after shard
+            _well_formed(stage)
+            shard = stage["shard"]
+            cells.append((shard, stage["prefix"][0]))
+            require(depth == 1 and cells[-1] > cells[-2], f"seat {seat} is not a cell of its own")
         require(
             stage["shard"] == shard and stage["prefix"] == member["prefix"] and len(stage["prefix"]) == depth,
             f"shard {shard} is served by a stage of another shard or depth",
@@ -240,6 +247,10 @@ def _claims(case: Case) -> str:
     allowed = {"deactivated", said["outcome"]}
     if said["model"]["provenance"] != "own_contains_subjects":
         allowed |= {"influence-free", "retrain-equal"}
+    require(
+        (said["model"]["backbone"] is None) == (said["model"]["provenance"] is None),
+        "a backbone without a provenance, or a provenance without a backbone",
+    )
     require(len(set(made)) == len(made), "a claim is made twice")
     require({"deactivated", said["outcome"]} <= set(made), "a claim that the outcome needs is missing")
     require(set(made) <= allowed, "a claim is made that the outcome or the backbone does not support")
@@ -248,6 +259,11 @@ def _claims(case: Case) -> str:
         "a restriction erased something",
     )
     require(said["request"]["kind"] != "erase" or said["outcome"] == "erased", "an erasure erased nothing")
+    open_codes = {item["code"] for item in said["open_items"]}
+    require(
+        not {"retrain-equal", "retrain_equal_not_claimed"} <= {*made, *open_codes},
+        "retrain-equal is claimed and said not to be",
+    )
     for entry in said["claims"]:
         strength, statement = CLAIMS[entry["claim"]]
         require(entry["strength"] == strength, f"{entry['claim']} is not {entry['strength']} but {strength}")

@@ -6,8 +6,14 @@ The statements themselves, and how strong each may be called, are the verifier's
 from service.evidence.form import CLAIMS
 
 METHOD = {
-    "erased": "stage deactivation and destruction (S3T)",
-    "restricted": "stage deactivation (S3T)",
+    "erased": "stage deactivation and destruction ({})",
+    "restricted": "stage deactivation ({})",
+}
+ENGINES = {
+    "s3t": "S3T",
+    "sisa": "SISA",
+    "ridge": "ridge regression on sums per cell",
+    "external": "SISA, by the operator's own training command",
 }
 
 SUPPORT: dict[str, dict[str, str]] = {
@@ -75,7 +81,11 @@ ASSUMPTIONS: dict[str, str] = {
     "observable": "Who queried the model before and after can see that it changed.",
 }
 
-BACKBONE = {
+BACKBONE: dict[str | None, str] = {
+    None: (
+        "There is no pretrained backbone in the recipe; where the operator's training code starts from weights of its"
+        " own, they are taken never to have seen the records."
+    ),
     "public": "The frozen backbone is public and is taken never to have seen the records.",
     "own_clean": "The operator states that its frozen backbone was never trained on the records.",
     "own_contains_subjects": (
@@ -83,18 +93,25 @@ BACKBONE = {
         " and retrain-equal are therefore not claimed."
     ),
 }
+NOT_RETRAIN_EQUAL = "training the same stage twice gave other bits, or was not tried: the claim is left out"
 
 
-def claims(outcome: str, provenance: str) -> list[dict[str, str]]:
-    """The claims that an outcome supports; a backbone that holds subjects refuses those about influence."""
-    about_weights = [] if provenance == "own_contains_subjects" else ["influence-free", "retrain-equal"]
+def claims(outcome: str, provenance: str | None, *, retrain_equal: bool = True) -> list[dict[str, str]]:
+    """The claims that an outcome supports.
+
+    A backbone that holds subjects refuses those about influence; training that is not known to give the same bits
+    again refuses `retrain-equal`.
+    """
+    about_weights = ["influence-free", "retrain-equal"] if retrain_equal else ["influence-free"]
+    if provenance == "own_contains_subjects":
+        about_weights = []
     made = [*about_weights, "deactivated", outcome]
     return [
         {"claim": name, "statement": CLAIMS[name][1], **SUPPORT[name], "strength": CLAIMS[name][0]} for name in made
     ]
 
 
-def assumptions(provenance: str, backup_retention_days: int | None) -> list[dict[str, str]]:
+def assumptions(provenance: str | None, backup_retention_days: int | None) -> list[dict[str, str]]:
     """What the claims rest on beside the signature."""
     backups = "The operator states no retention for snapshots, base backups and WAL archives: copies may remain."
     if backup_retention_days is not None:

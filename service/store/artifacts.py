@@ -3,6 +3,7 @@
 Rows in `artifact` say what may be opened; this module only moves bytes. Names are never reused (rule 18).
 """
 
+import fcntl
 import os
 import time
 from pathlib import Path
@@ -42,6 +43,30 @@ class LocalArtifacts:
             aside.unlink(missing_ok=True)
         _fsync(path.parent)
 
+    def replace(self, name: str, data: bytes, *, expected: bytes | None) -> None:
+        """Put `data` in the place of `expected` (None: of nothing) in one step: for the ledger's checkpoint alone.
+
+        Raises:
+            FileExistsError: something else lies there (rule 16: a put under a condition).
+        """
+        path = self._path(name)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{uuid4().hex}.part")
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            if (path.read_bytes() if path.exists() else None) != expected:
+                raise FileExistsError(f"{name} was replaced by another writer")
+            with aside.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.rename(path)
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+            aside.unlink(missing_ok=True)
+
     def get(self, name: str) -> bytes:
         """The object's bytes, read into memory: a mapped file would outlive its deletion (rule 24).
 
@@ -70,6 +95,11 @@ class LocalArtifacts:
         """Every object, unfinished writes included, last touched more than `older_than` seconds ago."""
         limit = time.time() - older_than
         files = (path for path in self.root.rglob("*") if path.is_file() and path.stat().st_mtime < limit)
+        return sorted(str(path.relative_to(self.root)) for path in files)
+
+    def names_below(self, prefix: str) -> list[str]:
+        """Every finished object whose name begins with a directory."""
+        files = (path for path in self._path(prefix).rglob("*") if path.is_file() and not path.name.startswith("."))
         return sorted(str(path.relative_to(self.root)) for path in files)
 
     def _path(self, name: str) -> Path:

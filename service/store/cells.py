@@ -48,9 +48,11 @@ LIST_ACTIVE: LiteralString = """
 SELECT r.record_id
 FROM record r
 WHERE r.cell_id = %(cell_id)s::bigint AND r.added <= %(generation)s::bigint
+  AND NOT EXISTS (SELECT FROM tombstone t WHERE t.record_id = r.record_id AND t.removed <= %(generation)s::bigint)
   AND NOT EXISTS (
-      SELECT FROM tombstone t
-      WHERE t.record_id = r.record_id AND t.lifted_at IS NULL AND t.removed <= %(generation)s::bigint)
+      SELECT FROM absence b
+      WHERE b.record_id = r.record_id
+        AND b.removed <= %(generation)s::bigint AND %(generation)s::bigint < b.returned)
 """
 INSERT_MANIFEST: LiteralString = """
 INSERT INTO cell_manifest (cell_id, generation, root, rows)
@@ -60,13 +62,23 @@ CLOSE_TOMBSTONES: LiteralString = """
 UPDATE tombstone SET removed = %(generation)s::bigint
 WHERE cell_id = %(cell_id)s::bigint AND removed IS NULL AND lifted_at IS NULL
 """
+INSERT_ABSENCES: LiteralString = """
+INSERT INTO absence (record_id, removed, returned)
+SELECT record_id, removed, %(generation)s::bigint FROM tombstone
+WHERE dataset_id = %(dataset_id)s::uuid AND cell_id = %(cell_id)s::bigint
+  AND (removed IS NULL) = (lifted_at IS NULL) AND lifted_at IS NOT NULL
+RETURNING record_id
+"""
+OPEN_LIFTED: LiteralString = """
+UPDATE tombstone SET removed = NULL WHERE record_id = ANY(%(record_ids)s::uuid[])
+"""
 MARK_ADVANCED: LiteralString = """
 UPDATE cell SET generation = %(generation)s::bigint, object_name = %(object_name)s::text
 WHERE cell_id = %(cell_id)s::bigint AND generation = %(generation)s::bigint - 1
 """
 LIST_SEALED: LiteralString = """
 SELECT DISTINCT cell_id FROM tombstone
-WHERE dataset_id = %(dataset_id)s::uuid AND removed IS NULL AND lifted_at IS NULL
+WHERE dataset_id = %(dataset_id)s::uuid AND (removed IS NULL) = (lifted_at IS NULL)
 """
 LIST_GRID: LiteralString = """
 SELECT c.cell_id, c.shard, c.slice, c.generation, m.root, m.rows
@@ -132,13 +144,13 @@ def list_grid(connection: Connection, dataset_id: UUID) -> list[GridCell]:
 
 
 def list_sealed(connection: Connection, dataset_id: UUID) -> list[int]:
-    """Cells whose newest manifest still holds a record with an open tombstone."""
+    """Cells whose newest manifest still holds a record with an open tombstone, or lacks one that was lifted."""
     with connection.cursor(row_factory=scalar_row) as cursor:
         return cursor.execute(LIST_SEALED, {"dataset_id": dataset_id}).fetchall()
 
 
 def is_sealed(connection: Connection, cell: Cell) -> bool:
-    """Whether the cell's newest manifest still holds a record with an open tombstone."""
+    """Whether the cell's newest manifest is not that of its active records."""
     return cell.cell_id in list_sealed(connection, cell.dataset_id)
 
 
@@ -188,5 +200,9 @@ def advance(
     at = {"cell_id": cell.cell_id, "generation": generation}
     connection.execute(INSERT_MANIFEST, {**at, "root": manifest.root, "rows": len(manifest.commitments)})
     connection.execute(CLOSE_TOMBSTONES, at)
+    with connection.cursor(row_factory=scalar_row) as cursor:
+        back = cursor.execute(INSERT_ABSENCES, {**at, "dataset_id": cell.dataset_id}).fetchall()
+    if back:
+        connection.execute(OPEN_LIFTED, {"record_ids": back})
     connection.execute(MARK_ADVANCED, {**at, "object_name": object_name})
     return generation, manifest

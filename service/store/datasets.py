@@ -1,29 +1,28 @@
 """Datasets: declared once, with their grid of cells."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import LiteralString
+from typing import Any, LiteralString
 from uuid import UUID, uuid4
 
 from psycopg import errors
-from psycopg.rows import class_row
+from psycopg.rows import class_row, kwargs_row
 
 from service.domain.errors import ConflictError, NotFoundError
 from service.store import cells
 from service.store.database import Connection
+from service.store.priors import Prior, insert_priors, spans
 
-FIND: LiteralString = """
-SELECT dataset_id, name, shards, slices, classes, deletable, subject_row_cap, created_at
-FROM dataset WHERE name = %(name)s::text
+COLUMNS: LiteralString = """
+    dataset_id, name, shards, slices, classes, task, input, width, deletable, subject_row_cap, created_at,
+    coalesce((SELECT jsonb_agg(jsonb_build_object('name', p.name, 'slices', p.slices, 'expires', p.expires)
+                               ORDER BY p.prior)
+              FROM prior_class p WHERE p.dataset_id = dataset.dataset_id), '[]') AS priors
 """
-GET: LiteralString = """
-SELECT dataset_id, name, shards, slices, classes, deletable, subject_row_cap, created_at
-FROM dataset WHERE dataset_id = %(dataset_id)s::uuid
-"""
-LIST: LiteralString = """
-SELECT dataset_id, name, shards, slices, classes, deletable, subject_row_cap, created_at
-FROM dataset ORDER BY created_at, name
-"""
+FIND: LiteralString = "SELECT " + COLUMNS + " FROM dataset WHERE name = %(name)s::text"
+GET: LiteralString = "SELECT " + COLUMNS + " FROM dataset WHERE dataset_id = %(dataset_id)s::uuid"
+LIST: LiteralString = "SELECT " + COLUMNS + " FROM dataset ORDER BY created_at, name"
 COUNT_ROWS: LiteralString = """
 SELECT c.dataset_id, sum(m.rows)::bigint AS rows
 FROM cell c JOIN cell_manifest m USING (cell_id, generation)
@@ -31,9 +30,10 @@ WHERE c.dataset_id = ANY(%(dataset_ids)s::uuid[])
 GROUP BY c.dataset_id
 """
 INSERT: LiteralString = """
-INSERT INTO dataset (dataset_id, name, shards, slices, classes, deletable, subject_row_cap)
+INSERT INTO dataset (dataset_id, name, shards, slices, classes, task, input, width, deletable,
+                     subject_row_cap)
 VALUES (%(dataset_id)s::uuid, %(name)s::text, %(shards)s::int, %(slices)s::int, %(classes)s::text[],
-        %(deletable)s::boolean, %(subject_row_cap)s::int)
+        %(task)s::text, %(input)s::text, %(width)s::int, %(deletable)s::boolean, %(subject_row_cap)s::int)
 """
 
 
@@ -46,15 +46,30 @@ class Dataset:
     shards: int
     slices: int
     classes: list[str]
+    """Of a classification; else none."""
+    task: str
+    input: str
+    width: int | None
+    """Numbers in each record, where the input is a vector."""
     deletable: bool
     subject_row_cap: int
     created_at: datetime
+    priors: tuple[Prior, ...] = ()
+    """Classes of subjects by how likely they are to be deleted; none: all share all slices."""
+
+    def span(self, prior: int | None) -> range | None:
+        """The slices of a class of subjects; None: all of them."""
+        return None if prior is None else spans(self.priors)[prior]
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
     dataset_id: UUID
     rows: int
+
+
+def _dataset(*, priors: list[dict[str, Any]], **columns: Any) -> Dataset:
+    return Dataset(**columns, priors=tuple(Prior(**prior) for prior in priors))
 
 
 def insert_dataset(
@@ -66,8 +81,12 @@ def insert_dataset(
     classes: list[str],
     deletable: bool,
     subject_row_cap: int,
+    task: str = "classification",
+    input: str = "text",  # noqa: A002 - the column's name
+    width: int | None = None,
+    priors: Sequence[Prior] = (),
 ) -> Dataset:
-    """Declare a dataset, with all its cells empty.
+    """Declare a dataset, with all its cells empty. The slices of `priors` add up to `slices`.
 
     Raises:
         ConflictError: the name is taken.
@@ -79,6 +98,9 @@ def insert_dataset(
         "shards": shards,
         "slices": slices,
         "classes": classes,
+        "task": task,
+        "input": input,
+        "width": width,
         "deletable": deletable,
         "subject_row_cap": subject_row_cap,
     }
@@ -86,13 +108,15 @@ def insert_dataset(
         connection.execute(INSERT, values)
     except errors.UniqueViolation:
         raise ConflictError("there is a dataset of that name already; choose another name") from None
+    if priors:
+        insert_priors(connection, dataset_id, priors)
     cells.insert_grid(connection, dataset_id, shards=shards, slices=slices)
     return get_dataset(connection, name)
 
 
 def find_dataset(connection: Connection, name: str) -> Dataset | None:
     """The dataset of that name, or None."""
-    with connection.cursor(row_factory=class_row(Dataset)) as cursor:
+    with connection.cursor(row_factory=kwargs_row(_dataset)) as cursor:
         return cursor.execute(FIND, {"name": name}).fetchone()
 
 
@@ -114,7 +138,7 @@ def get_dataset_by_id(connection: Connection, dataset_id: UUID) -> Dataset:
     Raises:
         NotFoundError: no such dataset.
     """
-    with connection.cursor(row_factory=class_row(Dataset)) as cursor:
+    with connection.cursor(row_factory=kwargs_row(_dataset)) as cursor:
         found = cursor.execute(GET, {"dataset_id": dataset_id}).fetchone()
     if found is None:
         raise NotFoundError("there is no dataset with that id")
@@ -123,7 +147,7 @@ def get_dataset_by_id(connection: Connection, dataset_id: UUID) -> Dataset:
 
 def list_datasets(connection: Connection) -> list[Dataset]:
     """All datasets, oldest first."""
-    with connection.cursor(row_factory=class_row(Dataset)) as cursor:
+    with connection.cursor(row_factory=kwargs_row(_dataset)) as cursor:
         return cursor.execute(LIST).fetchall()
 
 

@@ -11,6 +11,7 @@ from service.domain.errors import ConflictError
 from service.store import models, targets
 from service.store.database import Connection
 from service.store.models import Model
+from shards.rebuild import Policy
 from shards.recipe import Recipe
 
 INSERT_OWED: LiteralString = """
@@ -18,9 +19,13 @@ INSERT INTO request_target (request_id, model_id, state)
 SELECT DISTINCT d.request_id, %(model_id)s::bigint, 'received'::deletion_state
 FROM record r
 JOIN record_subject rs ON rs.record_id = r.record_id
-JOIN deletion_request d ON d.subject_id = rs.subject_id AND d.kind = 'erase'
+JOIN deletion_request d ON d.subject_id = rs.subject_id
 WHERE r.dataset_id = %(dataset_id)s::uuid AND d.state NOT IN ('rejected', 'revoked', 'expired', 'lifted')
-  AND NOT EXISTS (SELECT FROM tombstone t WHERE t.record_id = r.record_id)
+  AND NOT EXISTS (SELECT FROM tombstone t WHERE t.record_id = r.record_id AND t.lifted_at IS NULL)
+  AND NOT EXISTS (  -- it named models, and none of this dataset, though there was one
+      SELECT FROM model o
+      WHERE o.dataset_id = r.dataset_id AND o.created_at <= d.created_at
+        AND NOT EXISTS (SELECT FROM request_target g WHERE (g.request_id, g.model_id) = (d.request_id, o.model_id)))
 RETURNING request_id
 """
 
@@ -33,6 +38,8 @@ def declare_model(
     evaluation_id: UUID | None,
     recipe: Recipe,
     erase_after: timedelta,
+    policy: Policy = models.NOW,
+    min_shards: int = 1,
 ) -> Model:
     """Create a model with nothing trained.
 
@@ -50,6 +57,8 @@ def declare_model(
             evaluation_id=evaluation_id,
             recipe=recipe,
             erase_after=erase_after,
+            policy=policy,
+            min_shards=min_shards,
         )
     except errors.UniqueViolation as error:
         if "recipe" in (error.diag.constraint_name or ""):

@@ -6,7 +6,7 @@ from uuid import UUID
 
 from psycopg.rows import class_row, scalar_row
 
-from service.store import targets
+from service.store import priors, targets
 from service.store.database import Connection
 from service.store.objects import Object
 
@@ -36,6 +36,15 @@ JOIN deletion_request r ON r.request_id = t.request_id
 WHERE t.request_id = %(request_id)s::uuid AND t.model_id = %(model_id)s::bigint
 """
 )
+SHARE_SUBJECTS: LiteralString = """
+SELECT subject_id FROM subject
+WHERE subject_id IN (
+    SELECT s.subject_id
+    FROM deletion_request_record q JOIN record_subject s ON s.record_id = q.record_id
+    WHERE q.request_id = %(request_id)s::uuid)
+ORDER BY subject_id
+FOR KEY SHARE
+"""
 MARK_ERASING: LiteralString = """
 UPDATE request_target SET state = 'erasing'
 WHERE request_id = %(request_id)s::uuid AND model_id = %(model_id)s::bigint AND state = 'deactivated'
@@ -104,6 +113,11 @@ def may_erase(connection: Connection, request_id: UUID, model_id: int) -> bool:
         return bool(cursor.execute(MAY_ERASE, {"request_id": request_id, "model_id": model_id}).fetchone())
 
 
+def share_subjects(connection: Connection, request_id: UUID) -> None:
+    """Lock everybody whom the request's records concern: no hold is placed until the transaction ends."""
+    connection.execute(SHARE_SUBJECTS, {"request_id": request_id})
+
+
 def mark_erasing(connection: Connection, request_id: UUID, model_id: int) -> None:
     """From here there is no way back."""
     connection.execute(MARK_ERASING, {"request_id": request_id, "model_id": model_id})
@@ -129,9 +143,11 @@ def list_erasable(connection: Connection, cell_id: int) -> set[UUID]:
 
 
 def mark_records_erased(connection: Connection, cell_id: int, record_ids: Iterable[UUID]) -> None:
-    """Payloads are gone: the tombstones say so for ever, the records' rows and their subjects' links go."""
-    values = {"cell_id": cell_id, "record_ids": list(record_ids)}
+    """Payloads are gone: the tombstones say so for ever; the records' rows, their subjects' links and priors go."""
+    gone = list(record_ids)
+    values = {"cell_id": cell_id, "record_ids": gone}
     connection.execute(MARK_TOMBSTONES, values)
+    priors.forget(connection, gone)
     connection.execute(DELETE_RECORDS, values)
 
 

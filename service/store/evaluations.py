@@ -4,18 +4,60 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import LiteralString
 from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
+from psycopg.rows import class_row
 
-from service.store import cells, objects
+from service.store import cells, fits
 from service.store.artifacts import ArtifactMissingError, LocalArtifacts
 from service.store.database import Connection
+from service.store.models import Model
 from shards.assembly import Assembly
 from shards.digest import digest_of
 from shards.logits import Logits, mean_of_logits
+
+LIST: LiteralString = """
+SELECT e.stage_key, e.object_name
+FROM unnest(%(stage_keys)s::text[], %(digests)s::text[]) q (stage_key, digest)
+JOIN artifact a ON a.stage_key = q.stage_key AND a.kind = 'stage' AND a.digest = q.digest AND a.state = 'live'
+JOIN artifact e ON e.stage_key = q.stage_key AND e.kind = 'evaluation' AND e.fingerprint = a.fingerprint
+     AND e.state = 'live'
+ORDER BY e.stage_key, e.object_name
+"""
+
+_UNFIT = "no cell was evaluated on today's evaluation set, or the sums of one are not at hand"
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """A measured accuracy, or why there is none."""
+
+    share: float | None
+    note: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Where the stored answers of an assembly to the evaluation set lie."""
+
+    root: str = ""
+    """Which evaluation set, as of now."""
+    evaluations: tuple[str | None, ...] = ()
+    """Object name of each live member's own answers; None where it has none."""
+    fit: fits.Fit | None = None
+    """Of engine `ridge` instead: what the members' joint answers come from."""
+    why: str | None = None
+    """Why there is nothing to measure."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    stage_key: str
+    object_name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +92,53 @@ def decode(data: bytes) -> Evaluation:
     return Evaluation(body["root"], tensors["logits"], tensors["labels"])
 
 
-def accuracy(
-    connection: Connection, artifacts: LocalArtifacts, dataset_id: UUID | None, assembly: Assembly
-) -> float | None:
-    """Share of the evaluation set that the assembly answers correctly, from its stages' stored logits.
+def find_answers(connection: Connection, model: Model, assembly: Assembly) -> Answers:
+    """What an assembly's accuracy is measured from; `measure` reads it, outside of the transaction."""
+    if why := _unmeasured(model):
+        return Answers(why=why)
+    members = [member for member in assembly.members if member]
+    if not members or model.evaluation_id is None:
+        return Answers(why="no shard would answer")
+    root = evaluation_root(connection, model.evaluation_id)
+    if model.parsed_recipe.rule == "sums":
+        return Answers(root, fit=fits.find_fit(connection, members))
+    digests = {member.stage: member.artifacts[-1] for member in members}
+    with connection.cursor(row_factory=class_row(_Stored)) as cursor:
+        rows = cursor.execute(LIST, {"stage_keys": list(digests), "digests": list(digests.values())}).fetchall()
+    names = {row.stage_key: row.object_name for row in rows}
+    return Answers(root, tuple(names.get(key) for key in digests))
 
-    None where there is no evaluation set, no live shard, or a stage that was evaluated on another content.
+
+def measure(artifacts: LocalArtifacts, answers: Answers) -> Accuracy:
+    """Share of the evaluation set that the assembly answers correctly, from its stages' stored logits: what the mean of
+    the served logits gives, to the bit.
     """
-    keys = [member.stage for member in assembly.members if member]
-    if dataset_id is None or not keys:
-        return None
-    root = evaluation_root(connection, dataset_id)
-    names = {found.stage_key: found.object_name for found in objects.list_live(connection, keys, kind="evaluation")}
-    found = _read(artifacts, [names.get(key) for key in keys])
-    if found is None or any(each.root != root for each in found):
-        return None
-    answers = mean_of_logits([each.logits for each in found]).argmax(axis=1)
-    return float((answers == found[0].labels).mean())
+    if answers.why:
+        return Accuracy(None, answers.why)
+    if answers.fit is not None:
+        share = fits.share(artifacts, answers.fit, answers.root)
+        return Accuracy(share, _UNFIT if share is None else None)
+    found = _read(artifacts, answers.evaluations)
+    if found is None:
+        return Accuracy(None, "a stage was published before there were records to evaluate it on")
+    if any(each.root != answers.root for each in found):
+        return Accuracy(None, "a stage was evaluated before the evaluation set was extended")
+    logits = mean_of_logits([each.logits for each in found])
+    return Accuracy(float((logits.argmax(axis=1) == found[0].labels).mean()), None)
+
+
+def _unmeasured(model: Model) -> str | None:
+    """Why stored logits of single stages cannot say how accurate the model's assemblies are."""
+    recipe = model.parsed_recipe
+    if model.evaluation_id is None:
+        return "the model was declared without an evaluation dataset"
+    if recipe.engine == "external":
+        return "stages of engine external are evaluated where they are served, not here"
+    if recipe.task != "classification":
+        return f"accuracy is measured for classification; the task is {recipe.task}"
+    if recipe.rule == "merged":
+        return f"aggregation {recipe.rule} answers with one model of all shards, which is built on a model server only"
+    return None
 
 
 def _read(artifacts: LocalArtifacts, names: Sequence[str | None]) -> list[Evaluation] | None:

@@ -6,14 +6,15 @@ from importlib.metadata import version
 from typing import Any, LiteralString
 from uuid import UUID
 
-from psycopg.rows import class_row
+from psycopg.rows import class_row, scalar_row
 from psycopg.types.json import Jsonb
 
-from service.evidence.certificate import EvidenceError
+from service.domain.requests import Kind, Outcome, State
 from service.evidence.events import EventKind
-from service.evidence.rows import CellRow, Evidence, ObjectRow, RecordRow, ReplicaRow, TimeRow
-from service.store import events, models, stages, targets
+from service.evidence.rows import CellRow, Evidence, ObjectRow, RecordRow, TimeRow
+from service.store import events, exports, models, processes, stages, targets
 from service.store.database import Connection
+from shards import plan
 from shards.assembly import Assembly
 from shards.stages import CellRoot, Stage
 
@@ -23,12 +24,20 @@ GET_REQUEST: LiteralString = """
 SELECT r.request_id, r.kind::text, r.regime, r.received_at, r.due_at, r.subject_commitment, r.created_at,
        t.version, t.plan, t.deactivated_at, clock_timestamp() AS issued_at
 FROM request_target t JOIN deletion_request r ON r.request_id = t.request_id
-WHERE t.request_id = %(request_id)s::uuid AND t.model_id = %(model_id)s::bigint AND t.erased_at IS NOT NULL
+WHERE t.request_id = %(request_id)s::uuid AND t.model_id = %(model_id)s::bigint
+  AND (t.erased_at IS NOT NULL OR t.state = 'deactivated' AND r.kind <> 'erase')
+"""
+FIND_STATE: LiteralString = """
+SELECT t.state
+FROM request_target t JOIN deletion_request r ON r.request_id = t.request_id
+WHERE t.request_id = %(request_id)s::uuid AND t.model_id = %(model_id)s::bigint
+  AND (t.state = 'erasing' AND t.erased_at IS NOT NULL OR t.state = 'deactivated' AND r.kind <> 'erase')
 """
 LIST_RECORDS: LiteralString = """
 SELECT t.record_id, t.commitment
 FROM deletion_request_record q JOIN tombstone t ON t.record_id = q.record_id
 WHERE q.request_id = %(request_id)s::uuid AND t.dataset_id = %(dataset_id)s::uuid
+  AND (%(outcome)s::deletion_outcome = 'erased' OR t.erased_at IS NULL)  -- restricted, then erased for another request
 ORDER BY t.record_id
 """
 LIST_TOUCHED: LiteralString = """
@@ -36,8 +45,12 @@ SELECT DISTINCT c.shard, c.slice, m.root
 FROM deletion_request_record q
 JOIN tombstone t ON t.record_id = q.record_id
 JOIN cell c ON c.cell_id = t.cell_id
-JOIN cell_manifest m ON m.cell_id = t.cell_id AND t.added <= m.generation AND m.generation < t.removed
+JOIN cell_manifest m ON m.cell_id = t.cell_id AND t.added <= m.generation
+     AND (t.removed IS NULL OR m.generation < t.removed)
+     AND NOT EXISTS (SELECT FROM absence b WHERE b.record_id = t.record_id
+                       AND b.removed <= m.generation AND m.generation < b.returned)
 WHERE q.request_id = %(request_id)s::uuid AND t.dataset_id = %(dataset_id)s::uuid
+  AND (%(outcome)s::deletion_outcome = 'erased' OR t.erased_at IS NULL)
 """
 LIST_CELLS: LiteralString = """
 SELECT c.shard, c.slice, b.root AS before, a.root AS after
@@ -71,20 +84,6 @@ JOIN artifact a ON a.cell_id = t.cell_id AND a.state IN ('doomed', 'destroyed')
 WHERE q.request_id = %(request_id)s::uuid AND t.dataset_id = %(dataset_id)s::uuid
 ORDER BY a.object_name
 """
-LIST_LEASES: LiteralString = """
-SELECT l.process_id, l.covers, l.freed, l.freed_at, l.started_at, l.ended_at
-FROM lease l
-WHERE l.model_id = %(model_id)s::bigint AND l.started_at <= %(until)s::timestamptz
-  AND (l.ended_at IS NULL OR l.ended_at >= %(since)s::timestamptz)
-ORDER BY l.process_id
-"""
-LIST_REPLICA_EVENTS: LiteralString = """
-SELECT id, event_id, kind, request_id, model_id, body, created_at
-FROM event_pending
-WHERE body ->> 'process_id' = ANY(%(processes)s::text[]) AND kind LIKE 'replica.%%'
-  AND created_at <= %(until)s::timestamptz
-ORDER BY id
-"""
 LIST_PLATFORMS: LiteralString = """
 SELECT DISTINCT a.fingerprint FROM artifact a
 WHERE a.stage_key = ANY(%(stage_keys)s::text[]) AND a.digest = ANY(%(digests)s::text[]) AND a.fingerprint IS NOT NULL
@@ -97,8 +96,11 @@ ON CONFLICT DO NOTHING
 RETURNING digest
 """
 MARK_COMPLETED: LiteralString = """
-UPDATE request_target SET state = 'completed', outcome = 'erased', completed_at = clock_timestamp(), error = NULL
-WHERE request_id = %(request_id)s::uuid AND model_id = %(model_id)s::bigint AND state = 'erasing'
+UPDATE request_target
+SET state = 'completed', outcome = %(outcome)s::deletion_outcome, completed_at = clock_timestamp(), error = NULL
+WHERE request_id = %(request_id)s::uuid AND model_id = %(model_id)s::bigint
+  AND state = CASE %(outcome)s::deletion_outcome WHEN 'erased' THEN 'erasing' ELSE 'deactivated' END::deletion_state
+RETURNING request_id
 """
 
 
@@ -117,18 +119,15 @@ class _Request:
     issued_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class _Lease:
-    process_id: UUID
-    covers: int
-    freed: int
-    freed_at: datetime | None
-    started_at: datetime
-    ended_at: datetime | None
+def find_state(connection: Connection, request_id: UUID, model_id: int) -> State | None:
+    """The state in which a target waits for its certificate: `erasing`, or `deactivated` for a restriction."""
+    with connection.cursor(row_factory=scalar_row) as cursor:
+        found = cursor.execute(FIND_STATE, {"request_id": request_id, "model_id": model_id}).fetchone()
+    return State(found) if found else None
 
 
 def get_evidence(connection: Connection, request_id: UUID, model_id: int) -> Evidence | None:
-    """Evidence of an erased target, issued now by the database's clock; None when it is not erased.
+    """Evidence of an erased or restricted target, issued now by the database's clock; None when it is neither yet.
 
     Raises:
         EvidenceError: a process that ran is unaccounted for.
@@ -141,12 +140,19 @@ def get_evidence(connection: Connection, request_id: UUID, model_id: int) -> Evi
     issued_at = request.issued_at
     model = models.get_model_by_id(connection, model_id)
     recipe = model.parsed_recipe
-    at["dataset_id"] = model.dataset_id
+    outcome = (Outcome.ERASED if request.kind == Kind.ERASE else Outcome.RESTRICTED).value
+    at |= {"dataset_id": model.dataset_id, "outcome": outcome}
     after = models.find_version(connection, model_id, request.version)
     before = models.find_version(connection, model_id, request.version - 1)
-    assembly = Assembly.from_json(after.body) if after else Assembly(model.recipe_digest, (None,) * recipe.shards)
+    assembly = (
+        Assembly.from_json(after.body) if after else Assembly(model.recipe_digest, (None,) * recipe.seats, recipe.rule)
+    )
     served = _with_ancestors(connection, assembly, model.recipe_digest)
+    touched: tuple[CellRoot, ...] = _rows(connection, CellRoot, LIST_TOUCHED, at)
     tainted = stages.list_by_key(connection, request.plan["stages"], model.recipe_digest)
+    erased = outcome == Outcome.ERASED
+    if not erased:  # nor those of records that were erased for another request since
+        tainted = {key: tainted[key] for key in plan.tainted(tainted.values(), frozenset(touched))}
     return Evidence(
         request_id=request_id,
         kind=request.kind,
@@ -154,11 +160,13 @@ def get_evidence(connection: Connection, request_id: UUID, model_id: int) -> Evi
         received_at=request.received_at,
         due_at=request.due_at,
         subject_commitment=bytes(request.subject_commitment),
-        outcome="erased",
+        outcome=outcome,
         model_name=model.name,
         recipe_digest=model.recipe_digest,
-        backbone_digest=recipe.backbone.digest,
-        provenance=recipe.backbone.provenance,
+        engine=recipe.engine,
+        backbone_digest=recipe.backbone.digest if recipe.backbone else None,
+        provenance=recipe.backbone.provenance if recipe.backbone else None,
+        retrain_equal=recipe.engine != "external" or model.reproducible is True,
         version_before=before.version if before else 0,
         assembly_before=before.assembly if before else None,
         version_after=request.version,
@@ -167,13 +175,16 @@ def get_evidence(connection: Connection, request_id: UUID, model_id: int) -> Evi
         served_stages=tuple(served.values()),
         tainted_stages=tuple(tainted.values()),
         tainted_objects=_objects(connection, LIST_OBJECTS, {"stage_keys": list(tainted)}),
-        touched=_rows(connection, CellRoot, LIST_TOUCHED, at),
-        cells=_rows(connection, CellRow, LIST_CELLS, at),
+        touched=touched,
+        cells=_rows(connection, CellRow, LIST_CELLS, at) if erased else (),
         records=_rows(connection, RecordRow, LIST_RECORDS, at),
-        payloads=_objects(connection, LIST_PAYLOADS, at),
+        payloads=_objects(connection, LIST_PAYLOADS, at) if erased else (),
         times=_times(connection, request, model_id, issued_at),
-        replicas=_replicas(connection, model_id, request),
+        replicas=processes.list_replicas(
+            connection, model_id, version=request.version, since=request.created_at, until=request.deactivated_at
+        ),
         platforms=_platforms(connection, served, assembly),
+        open_items=tuple(exports.open_items(connection, model_id, request_id)),
         tool_version=TOOL_VERSION,
         issued_at=issued_at,
     )
@@ -182,18 +193,17 @@ def get_evidence(connection: Connection, request_id: UUID, model_id: int) -> Evi
 def insert_certificate(
     connection: Connection, evidence: Evidence, model_id: int, envelope: dict[str, Any], digest: str
 ) -> bool:
-    """Store the certificate and complete its target; False when another worker has done it."""
+    """Store the certificate and complete its target; False when another worker has done it, or it was withdrawn."""
     values: dict[str, Any] = {"request_id": evidence.request_id, "model_id": model_id}
-    stored = connection.execute(
+    if connection.execute(MARK_COMPLETED, {**values, "outcome": evidence.outcome}).fetchone() is None:
+        return False
+    connection.execute(
         INSERT_CERTIFICATE,
         {**values, "envelope": Jsonb(envelope), "digest": digest, "issued_at": evidence.issued_at},
-    ).fetchone()
-    if stored is None:
-        return False
-    connection.execute(MARK_COMPLETED, values)
+    )
     targets.refresh_requests(connection, [evidence.request_id])
     events.append(connection, EventKind.CERTIFICATE_ISSUED, digest=digest, **values)
-    events.append(connection, EventKind.TARGET_COMPLETED, outcome="erased", **values)
+    events.append(connection, EventKind.TARGET_COMPLETED, outcome=evidence.outcome, **values)
     return True
 
 
@@ -224,42 +234,6 @@ def _times(connection: Connection, request: _Request, model_id: int, issued_at: 
             first.setdefault(state, event.created_at)
     first["completed"] = issued_at
     return tuple(TimeRow(state=state, at=at) for state, at in first.items())
-
-
-def _replicas(connection: Connection, model_id: int, request: _Request) -> tuple[ReplicaRow, ...]:
-    """Per process that ran between plan and `deactivated`: how it came to answer from no tainted stage."""
-    until = request.deactivated_at
-    values: dict[str, Any] = {"model_id": model_id, "until": until, "since": request.created_at}
-    leases = _rows(connection, _Lease, LIST_LEASES, values)
-    values["processes"] = [str(lease.process_id) for lease in leases]
-    with connection.cursor(row_factory=class_row(events.Event)) as cursor:
-        told = cursor.execute(LIST_REPLICA_EVENTS, values).fetchall()
-    how: dict[str, tuple[str, datetime]] = {}
-    for event in told:
-        process = event.body["process_id"]
-        if process in how:
-            continue
-        if event.kind in {EventKind.REPLICA_REGISTERED, EventKind.REPLICA_ACKNOWLEDGED}:
-            if event.body["covers"] >= request.version:
-                how[process] = ("acknowledged", event.created_at)
-        else:
-            how[process] = (
-                "fenced_by_expiry" if event.kind == EventKind.REPLICA_FENCED else "ended",
-                event.created_at,
-            )
-    if any(str(lease.process_id) not in how for lease in leases):
-        raise EvidenceError("a process ran during the deactivation and no event says what became of it")
-    return tuple(
-        ReplicaRow(
-            process_id=lease.process_id,
-            covers=lease.covers,
-            how=how[str(lease.process_id)][0],
-            at=how[str(lease.process_id)][1],
-            freed=lease.freed >= request.version or lease.freed_at is not None,
-            freed_at=lease.freed_at,
-        )
-        for lease in leases
-    )
 
 
 def _platforms(connection: Connection, served: dict[str, Stage], assembly: Assembly) -> tuple[str, ...]:

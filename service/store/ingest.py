@@ -14,7 +14,7 @@ from psycopg import errors
 
 from service.domain.errors import InvalidInputError, UnavailableError
 from service.evidence.events import EventKind
-from service.store import cells, events, objects, payloads, records, subjects
+from service.store import cells, events, objects, payloads, priors, records, subjects
 from service.store.artifacts import ArtifactMissingError, LocalArtifacts
 from service.store.cells import Cell
 from service.store.database import Connection, Pool, retrying, transaction
@@ -39,6 +39,8 @@ class Line:
     owner: Alias
     also: tuple[Alias, ...]
     """Others whom the record concerns."""
+    prior: int | None = None
+    """Index of the class that the line gives its owner; counts at first sight alone. None: it says nothing."""
 
     @property
     def aliases(self) -> frozenset[Alias]:
@@ -77,6 +79,10 @@ class _Draft:
     skipped: int
     parts: list[_Part]
     erased: set[UUID]
+    classes: dict[UUID, int]
+    """Each owner's class of deletion prior, if the dataset has any."""
+    first: dict[UUID, int]
+    """Those of them that this upload fixes."""
 
 
 class _ChangedError(Exception):
@@ -122,19 +128,28 @@ def _draft(pool: Pool, key: bytes, dataset: Dataset, lines: Sequence[Line]) -> _
         new = {alias: uuid4() for alias in sorted(named - known.keys())}
         who = {**known, **new}
         _check(connection, dataset, who, kept)
-        parts = _parts(connection, key, dataset, who, kept)
+        named_priors = [(who[line.owner], line.prior) for line in kept] if dataset.priors else []
+        classes, first = priors.find_classes(connection, dataset.dataset_id, named_priors)
+        parts = _parts(connection, key, dataset, who, kept, classes)
         erased = records.list_erased(connection, [part.cell.cell_id for part in parts])
-        return _Draft(who, new, kept, len(lines) - len(kept), parts, erased)
+        return _Draft(who, new, kept, len(lines) - len(kept), parts, erased, classes, first)
 
 
 def _parts(
-    connection: Connection, key: bytes, dataset: Dataset, who: dict[Alias, UUID], kept: list[Line]
+    connection: Connection,
+    key: bytes,
+    dataset: Dataset,
+    who: dict[Alias, UUID],
+    kept: list[Line],
+    classes: dict[UUID, int],
 ) -> list[_Part]:
     at = {(cell.shard, cell.slice): cell for cell in cells.list_cells(connection, dataset.dataset_id)}
     grouped: defaultdict[int, list[Line]] = defaultdict(list)
     found: dict[int, Cell] = {}
     for line in kept:
-        place = cell_of(key, who[line.owner], shards=dataset.shards, slices=dataset.slices)
+        owner = who[line.owner]
+        span = dataset.span(classes.get(owner))
+        place = cell_of(key, owner, shards=dataset.shards, slices=dataset.slices, span=span)
         cell = at[place.shard, place.slice]
         found[cell.cell_id] = cell
         grouped[cell.cell_id].append(line)
@@ -212,8 +227,13 @@ def _lock(connection: Connection, dataset: Dataset, draft: _Draft, named: frozen
         raise _ChangedError
     known = {draft.who[alias] for alias in named - draft.new.keys()}
     subjects.share_subjects(connection, known)
+    if not priors.insert_of_subjects(connection, dataset.dataset_id, draft.first):
+        raise _ChangedError
     locked = {cell.cell_id: cell for cell in cells.lock_cells(connection, (p.cell.cell_id for p in draft.parts))}
     if any(locked[part.cell.cell_id] != part.cell for part in draft.parts):
+        raise _ChangedError
+    # Erasure forgets classes under the lock of the owner's cell, so from here on they stand.
+    if priors.list_of_subjects(connection, dataset.dataset_id, draft.classes) != draft.classes:
         raise _ChangedError
     if subjects.list_do_not_train(connection, dataset.dataset_id, known):
         raise _ChangedError

@@ -1,6 +1,6 @@
 """Stage jobs: who trains which stage, under a token that fences zombies (protocol.md section 4)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import LiteralString
 
@@ -9,14 +9,17 @@ from psycopg.rows import class_row, scalar_row
 from service.store.database import Connection
 
 INSERT: LiteralString = """
-INSERT INTO stage_job (stage_key, model_id) VALUES (%(stage_key)s::text, %(model_id)s::bigint)
+INSERT INTO stage_job (stage_key, model_id, work, queued_at)
+VALUES (%(stage_key)s::text, %(model_id)s::bigint, %(work)s::float, clock_timestamp())
 ON CONFLICT (stage_key) DO UPDATE
-SET state = 'queued', attempts = 0, error = NULL, ended_at = NULL, queued_at = now(), token = stage_job.token + 1
+SET state = 'queued', attempts = 0, error = NULL, ended_at = NULL, queued_at = clock_timestamp(),
+    token = stage_job.token + 1, work = excluded.work, started_at = NULL, platform = NULL
 WHERE stage_job.state IN ('cancelled', 'failed', 'done')
 """
 CLAIM: LiteralString = """
 UPDATE stage_job
-SET state = 'running', token = token + 1, attempts = attempts + 1, beat_at = clock_timestamp()
+SET state = 'running', token = token + 1, attempts = attempts + 1, beat_at = clock_timestamp(),
+    started_at = clock_timestamp()
 WHERE stage_key = (
     SELECT j.stage_key
     FROM stage_job j
@@ -42,7 +45,7 @@ WHERE stage_key = %(stage_key)s::text AND token = %(token)s::bigint AND state = 
 FOR UPDATE
 """
 MARK_DONE: LiteralString = """
-UPDATE stage_job SET state = 'done', ended_at = clock_timestamp()
+UPDATE stage_job SET state = 'done', ended_at = clock_timestamp(), platform = %(platform)s::text
 WHERE stage_key = %(stage_key)s::text AND token = %(token)s::bigint AND state = 'running'
 """
 MARK_TRIED: LiteralString = """
@@ -75,6 +78,22 @@ FOR UPDATE SKIP LOCKED
 COUNT_OPEN: LiteralString = """
 SELECT count(*) FROM stage_job WHERE model_id = %(model_id)s::bigint AND state IN ('queued', 'running')
 """
+# The median of the newest trainings, on the platform that trained last: one that was paused says nothing of the rest.
+GET_SPEED: LiteralString = """
+SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM n.ended_at - n.started_at) / n.work)::float
+FROM (
+    SELECT j.started_at, j.ended_at, j.work
+    FROM stage_job j
+    WHERE j.model_id = %(model_id)s::bigint AND j.state = 'done' AND j.work > 0 AND j.started_at IS NOT NULL
+      AND j.platform = (
+          SELECT l.platform FROM stage_job l
+          WHERE l.model_id = %(model_id)s::bigint AND l.state = 'done' AND l.platform IS NOT NULL
+          ORDER BY l.ended_at DESC LIMIT 1)
+    ORDER BY j.ended_at DESC
+    LIMIT 100) n
+"""
+SECONDS_PER_WORK = 2e-3
+"""A guess until something was measured: one processor core and a backbone of 384 dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +114,18 @@ class Tried:
     attempts: int
 
 
-def insert_jobs(connection: Connection, model_id: int, stage_keys: Sequence[str]) -> None:
-    """Queue stages, parents first; one that ended before without a live artefact is queued again."""
+def insert_jobs(
+    connection: Connection, model_id: int, stage_keys: Sequence[str], works: Mapping[str, float] | None = None
+) -> None:
+    """Queue stages in the order given, parents first; one that ended without a live artefact is queued again.
+
+    `works` is each stage's work as the planner counts it, from which training speed is measured.
+    """
+    known = works or {}
     with connection.cursor() as cursor:
-        cursor.executemany(INSERT, [{"stage_key": key, "model_id": model_id} for key in stage_keys])
+        cursor.executemany(
+            INSERT, [{"stage_key": key, "model_id": model_id, "work": known.get(key)} for key in stage_keys]
+        )
 
 
 def claim_job(connection: Connection, *, after: str | None = None) -> Job | None:
@@ -120,9 +147,15 @@ def lock_claimed(connection: Connection, job: Job) -> bool:
     return connection.execute(LOCK_CLAIMED, {"stage_key": job.stage_key, "token": job.token}).rowcount == 1
 
 
-def mark_done(connection: Connection, job: Job) -> None:
-    """End a job whose stage was published in this transaction."""
-    connection.execute(MARK_DONE, {"stage_key": job.stage_key, "token": job.token})
+def mark_done(connection: Connection, job: Job, platform: str) -> None:
+    """End a job whose stage was published in this transaction, trained on the platform of that fingerprint."""
+    connection.execute(MARK_DONE, {"stage_key": job.stage_key, "token": job.token, "platform": platform})
+
+
+def seconds_per_work(connection: Connection, model_id: int) -> float:
+    """How long training takes for a unit of the planner's work, as measured on this model's newest stages."""
+    with connection.cursor(row_factory=scalar_row) as cursor:
+        return cursor.execute(GET_SPEED, {"model_id": model_id}).fetchone() or SECONDS_PER_WORK
 
 
 def mark_tried(connection: Connection, job: Job, error: str, *, limit: int) -> Tried | None:

@@ -14,6 +14,7 @@ from service.domain.errors import NotFoundError
 from service.evidence.events import EventKind
 from service.store import events
 from service.store.database import Connection
+from service.store.stages import HOLDS
 
 SHARE_MODEL: LiteralString = "SELECT version, floor FROM model WHERE model_id = %(model_id)s::bigint FOR SHARE"
 # A heartbeat need not wait for its fsync (rule 12); `true` ends the setting with the transaction, poolers included.
@@ -57,22 +58,27 @@ UPDATE lease SET freed_at = clock_timestamp()
 WHERE process_id = %(process_id)s::uuid AND freed_at IS NULL
 """
 GET_TARGET: LiteralString = """
-SELECT m.version, m.floor, m.recipe, v.assembly, a.body
+SELECT m.version, m.floor, m.recipe, v.assembly, a.body, m.min_shards
 FROM model m
 LEFT JOIN model_version v ON v.model_id = m.model_id AND v.version = m.version
 LEFT JOIN assembly a ON a.digest = v.assembly
 WHERE m.model_id = %(model_id)s::bigint
 """
-LIST_CLEAN_ARTIFACTS: LiteralString = """
+LIST_CLEAN_ARTIFACTS: LiteralString = (
+    """
 SELECT a.stage_key, a.digest, a.object_name
 FROM stage s JOIN artifact a ON a.stage_key = s.stage_key
 WHERE s.model_id = %(model_id)s::bigint AND a.kind = 'stage' AND a.state = 'live'
   AND NOT EXISTS (
       SELECT FROM stage_cell sc JOIN tombstone t ON t.cell_id = sc.cell_id
       WHERE sc.stage_key = s.stage_key AND t.lifted_at IS NULL
-        AND t.added <= sc.generation AND (t.removed IS NULL OR t.removed > sc.generation))
+        AND """
+    + HOLDS
+    + """
+        AND NOT EXISTS (SELECT FROM deferral d WHERE d.model_id = s.model_id AND d.record_id = t.record_id))
 ORDER BY a.stage_key, a.object_name
 """
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,8 @@ class Target:
     recipe: dict[str, Any]
     assembly: str | None
     body: dict[str, Any] | None
+    min_shards: int
+    """With fewer live shards nothing is to be answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +227,10 @@ def get_target(connection: Connection, model_id: int) -> Target:
 
 
 def list_clean_artifacts(connection: Connection, model_id: int) -> list[StageObject]:
-    """Live artefacts of the model's stages whose lineage holds no record that is deleted or restricted."""
+    """Live artefacts of the model's stages whose lineage holds no record that is deleted or restricted.
+
+    But for records that are deferred: what holds them serves until its replacement does.
+    """
     with connection.cursor(row_factory=class_row(StageObject)) as cursor:
         return cursor.execute(LIST_CLEAN_ARTIFACTS, {"model_id": model_id}).fetchall()
 

@@ -1,7 +1,9 @@
 """Models and their versions: `version`, `floor` and `cleared` only grow (rule 1)."""
 
+import json
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, LiteralString
 from uuid import UUID
 
@@ -10,11 +12,16 @@ from psycopg.types.json import Jsonb
 
 from service.domain.errors import NotFoundError
 from service.store.database import Connection
+from shards.rebuild import Policy
 from shards.recipe import Recipe
+
+NOW = Policy()
+"""Unless told otherwise, what is missing is trained at once."""
 
 COLUMNS: LiteralString = """
     model_id, name, dataset_id, evaluation_id, recipe, recipe_digest, version, floor, cleared, erase_after,
-    rebuild_wanted, building, extract(epoch FROM clock_timestamp() - published_at)::float AS deactivated_ago
+    rebuild_wanted, building, extract(epoch FROM clock_timestamp() - published_at)::float AS deactivated_ago,
+    rebuild_policy, rebuild_forced, rebuild_due, rebuild_at, deferring, reproducible, min_shards
 """
 FIND: LiteralString = "SELECT " + COLUMNS + " FROM model WHERE name = %(name)s::text"
 GET: LiteralString = "SELECT " + COLUMNS + " FROM model WHERE model_id = %(model_id)s::bigint"
@@ -22,9 +29,9 @@ LOCK: LiteralString = GET + " FOR NO KEY UPDATE"
 LOCK_SHARED: LiteralString = GET + " FOR SHARE"
 LIST: LiteralString = "SELECT " + COLUMNS + " FROM model ORDER BY model_id"
 INSERT: LiteralString = """
-INSERT INTO model (name, dataset_id, evaluation_id, recipe, recipe_digest, erase_after)
+INSERT INTO model (name, dataset_id, evaluation_id, recipe, recipe_digest, erase_after, rebuild_policy, min_shards)
 VALUES (%(name)s::text, %(dataset_id)s::uuid, %(evaluation_id)s::uuid, %(recipe)s::jsonb, %(recipe_digest)s::text,
-        %(erase_after)s::interval)
+        %(erase_after)s::interval, %(rebuild_policy)s::jsonb, %(min_shards)s::int)
 RETURNING model_id
 """
 LIST_VERSIONS: LiteralString = """
@@ -44,11 +51,30 @@ FIND_SERVED: LiteralString = """
 SELECT assembly FROM model_version WHERE model_id = %(model_id)s::bigint AND version = %(version)s::bigint
 """
 MARK_REBUILD_WANTED: LiteralString = """
-UPDATE model SET rebuild_wanted = true WHERE model_id = %(model_id)s::bigint AND NOT rebuild_wanted
+UPDATE model
+SET rebuild_wanted = true, rebuild_forced = rebuild_forced OR %(forced)s::boolean,
+    rebuild_due = least(rebuild_due, %(due)s::timestamptz)
+WHERE model_id = %(model_id)s::bigint
+  AND NOT (rebuild_wanted AND rebuild_forced >= %(forced)s::boolean
+           AND rebuild_due IS NOT DISTINCT FROM least(rebuild_due, %(due)s::timestamptz))
 """
 MARK_REBUILD_PLANNED: LiteralString = """
-UPDATE model SET rebuild_wanted = false, building = building OR %(building)s::boolean
+UPDATE model
+SET rebuild_wanted = false, rebuild_forced = false, building = building OR %(building)s::boolean,
+    rebuild_at = %(at)s::timestamptz, rebuild_due = CASE WHEN %(at)s::timestamptz IS NOT NULL THEN rebuild_due END
 WHERE model_id = %(model_id)s::bigint
+"""
+MARK_POLICY: LiteralString = """
+UPDATE model SET rebuild_policy = %(policy)s::jsonb, rebuild_wanted = rebuild_wanted OR version > 0
+WHERE model_id = %(model_id)s::bigint
+"""
+MARK_MIN_SHARDS: LiteralString = """
+UPDATE model SET min_shards = %(min_shards)s::int WHERE model_id = %(model_id)s::bigint
+"""
+MARK_REPRODUCIBLE: LiteralString = """
+UPDATE model SET reproducible = %(found)s::boolean
+WHERE model_id = %(model_id)s::bigint AND (reproducible IS NULL OR reproducible > %(found)s::boolean)
+RETURNING reproducible
 """
 MARK_BUILT: LiteralString = "UPDATE model SET building = false WHERE model_id = %(model_id)s::bigint"
 
@@ -71,11 +97,34 @@ class Model:
     building: bool
     deactivated_ago: float | None
     """Seconds since the newest deactivation on the database's clock; None before the first."""
+    rebuild_policy: dict[str, Any]
+    rebuild_forced: bool
+    """An operator asked for the rebuild: the policy's waiting is over."""
+    rebuild_due: datetime | None
+    """Earliest due date of the deletions that were not rebuilt yet."""
+    rebuild_at: datetime | None
+    """When what is missing will be queued; None: nothing waits."""
+    deferring: bool
+    """Whether stages serve on that hold a deferred record (`service.store.deferrals`)."""
+    reproducible: bool | None
+    """Of engine external, whether training a stage twice gave the same bits; None: not tried yet."""
+    min_shards: int
+    """With fewer live members of its ensemble the model answers nothing."""
+
+    @property
+    def policy(self) -> Policy:
+        """When missing stages are trained."""
+        return Policy.from_json(self.rebuild_policy)
 
     @property
     def parsed_recipe(self) -> Recipe:
-        """The recipe, checked."""
-        return Recipe.from_json(self.recipe)
+        """The recipe, checked; one value per recipe and process, since its digest and orders take a while."""
+        return _parsed(json.dumps(self.recipe))
+
+
+@lru_cache(maxsize=256)
+def _parsed(body: str) -> Recipe:
+    return Recipe.from_json(json.loads(body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +147,8 @@ def insert_model(
     evaluation_id: UUID | None,
     recipe: Recipe,
     erase_after: timedelta,
+    policy: Policy = NOW,
+    min_shards: int = 1,
 ) -> int:
     """Create a model with nothing trained; returns its id.
 
@@ -111,6 +162,8 @@ def insert_model(
         "recipe": Jsonb(recipe.to_json()),
         "recipe_digest": recipe.digest,
         "erase_after": erase_after,
+        "rebuild_policy": Jsonb(policy.to_json()),
+        "min_shards": min_shards,
     }
     row = connection.execute(INSERT, values).fetchone()
     if row is None:
@@ -152,14 +205,35 @@ def find_served(connection: Connection, model_id: int, version: int) -> str | No
         return cursor.execute(FIND_SERVED, {"model_id": model_id, "version": version}).fetchone()
 
 
-def mark_rebuild_wanted(connection: Connection, model_id: int) -> None:
-    """Ask for the stages that are missing; the relay rings `model.rebuild` until it was heard."""
-    connection.execute(MARK_REBUILD_WANTED, {"model_id": model_id})
+def mark_rebuild_wanted(
+    connection: Connection, model_id: int, *, due: datetime | None = None, forced: bool = False
+) -> None:
+    """Ask for the stages that are missing; the relay rings `model.rebuild` until it was heard.
+
+    `due` is the earliest due date of the deletions that took them; `forced` ends the policy's waiting.
+    """
+    connection.execute(MARK_REBUILD_WANTED, {"model_id": model_id, "due": due, "forced": forced})
 
 
-def mark_rebuild_planned(connection: Connection, model_id: int, *, building: bool) -> None:
-    """The missing stages are queued; `building` says that there were any."""
-    connection.execute(MARK_REBUILD_PLANNED, {"model_id": model_id, "building": building})
+def mark_rebuild_planned(connection: Connection, model_id: int, *, building: bool, at: datetime | None = None) -> None:
+    """The missing stages are queued (`building` says that there were any), or are to be planned again at `at`."""
+    connection.execute(MARK_REBUILD_PLANNED, {"model_id": model_id, "building": building, "at": at})
+
+
+def mark_policy(connection: Connection, model_id: int, policy: Policy) -> None:
+    """Set the rebuild policy of the locked model; what is missing is planned anew."""
+    connection.execute(MARK_POLICY, {"model_id": model_id, "policy": Jsonb(policy.to_json())})
+
+
+def mark_min_shards(connection: Connection, model_id: int, min_shards: int) -> None:
+    """Set how many shards of the locked model must be live."""
+    connection.execute(MARK_MIN_SHARDS, {"model_id": model_id, "min_shards": min_shards})
+
+
+def mark_reproducible(connection: Connection, model_id: int, *, found: bool) -> bool:
+    """Note whether training a stage again gave the same bits; True where that is news. A difference is never undone."""
+    values = {"model_id": model_id, "found": found}
+    return connection.execute(MARK_REPRODUCIBLE, values).fetchone() is not None
 
 
 def mark_built(connection: Connection, model_id: int) -> None:

@@ -1,5 +1,6 @@
-"""Rows of artefacts: writing, live, doomed, destroyed (rules 18, 20 and 22). Bytes are `artifacts`' business."""
+"""Rows of artefacts: writing, live, doomed, destroyed, quarantined (rules 18, 20, 22). Bytes are in `artifacts`."""
 
+import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, LiteralString
@@ -8,13 +9,13 @@ from psycopg.rows import class_row, scalar_row
 from psycopg.types.json import Jsonb
 
 from service.evidence.events import EventKind
-from service.store import events
+from service.store import events, served
 from service.store.database import Connection
 
 INSERT: LiteralString = """
-INSERT INTO artifact (object_name, kind, stage_key, cell_id, fingerprint, parent_digest, digest, bytes)
+INSERT INTO artifact (object_name, kind, stage_key, cell_id, fingerprint, parent_digest, digest, bytes, host)
 VALUES (%(object_name)s::text, %(kind)s::artifact_kind, %(stage_key)s::text, %(cell_id)s::bigint, %(fingerprint)s::text,
-        %(parent_digest)s::text, %(digest)s::text, %(bytes)s::bigint)
+        %(parent_digest)s::text, %(digest)s::text, %(bytes)s::bigint, %(host)s::text)
 """
 INSERT_PLATFORM: LiteralString = """
 INSERT INTO platform (fingerprint, body) VALUES (%(fingerprint)s::text, %(body)s::jsonb) ON CONFLICT DO NOTHING
@@ -39,7 +40,7 @@ RETURNING object_name, digest, stage_key, cell_id
 """
 DOOM_STAGES: LiteralString = """
 UPDATE artifact SET state = 'doomed', doomed_at = clock_timestamp()
-WHERE stage_key = ANY(%(stage_keys)s::text[]) AND state IN ('writing', 'live', 'lost')
+WHERE stage_key = ANY(%(stage_keys)s::text[]) AND state IN ('writing', 'live', 'lost', 'quarantined')
 RETURNING object_name, digest, stage_key, cell_id
 """
 DOOM_ABANDONED: LiteralString = """
@@ -117,8 +118,11 @@ def insert_writing(
         "parent_digest": parent_digest,
         "digest": digest,
         "bytes": size,
+        "host": socket.gethostname(),
     }
     connection.execute(INSERT, values)
+    if kind == "stage" and stage_key and fingerprint:
+        served.mark_seen(connection, stage_key, fingerprint)
 
 
 def insert_platform(connection: Connection, fingerprint: str, body: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID, uuid4
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ SCHEMA = pa.schema(
         ("salt", pa.binary(32)),
         ("text", pa.string()),
         ("label", pa.string()),
+        ("image", pa.binary()),
     ]
 )
 
@@ -43,6 +45,7 @@ def encode(records: Iterable[StoredRecord]) -> bytes:
         "salt": [stored.record.salt for stored in rows],
         "text": [stored.record.text for stored in rows],
         "label": [stored.record.label for stored in rows],
+        "image": [stored.record.image or None for stored in rows],
     }
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=SCHEMA), buffer, compression="zstd", write_statistics=False)
@@ -52,7 +55,8 @@ def encode(records: Iterable[StoredRecord]) -> bytes:
 def decode(data: bytes) -> list[StoredRecord]:
     """The records of a payload file."""
     table = pq.read_table(io.BytesIO(data), schema=SCHEMA)
-    return [
-        StoredRecord(row["generation"], Record(UUID(bytes=row["record_id"]), row["salt"], row["text"], row["label"]))
-        for row in table.to_pylist()
-    ]
+    return [StoredRecord(row["generation"], _record(row)) for row in table.to_pylist()]
+
+
+def _record(row: dict[str, Any]) -> Record:
+    return Record(UUID(bytes=row["record_id"]), row["salt"], row["text"], row["label"], row["image"] or b"")

@@ -6,7 +6,7 @@ from typing import LiteralString
 from psycopg.types.json import Jsonb
 
 from service.evidence.events import EventKind
-from service.store import cells, events, models, stages
+from service.store import active, deferrals, events, models, stages
 from service.store.database import Connection
 from service.store.models import Model
 from shards import plan
@@ -42,40 +42,32 @@ class Candidate:
     served: str | None
     """Digest of the assembly that the newest version serves; None before the first."""
     reserve: bool
-    """Whether a trained stage is tainted: replicas may hold it, served or not."""
+    """Whether a trained stage may not serve any more: replicas may hold it, served or not."""
 
 
 def candidate(connection: Connection, model: Model) -> Candidate:
-    """Compute taint of every stage against all tombstones, and the assembly of the clean ones."""
+    """Compute taint of every stage against all tombstones, and the assembly of the clean ones.
+
+    Stages that hold none but deferred records serve until their replacement does.
+    """
     recipe = model.parsed_recipe
     open_stages = stages.list_open(connection, model.model_id, model.recipe_digest)
     touched = stages.list_touched(connection, open_stages.stages)
     tainted = plan.tainted(open_stages.stages.values(), touched)
-    roots = today(connection, model)
-    assembly = plan.assemble(
-        model.recipe_digest,
-        recipe.shards,
-        recipe.slice_orders,
-        open_stages.live(without=tainted),
-        open_stages.digests,
-        roots,
-    )
+    roots = active.list_roots(connection, model.dataset_id, open_stages.stages, touched)
+    barred = tainted
+    if model.deferring:
+        touched = deferrals.list_touched(connection, model.model_id, open_stages.stages)
+        barred = plan.tainted(open_stages.stages.values(), touched)
+    assembly = plan.assemble(recipe, open_stages.live(without=barred), open_stages.digests, roots)
     served = models.find_served(connection, model.model_id, model.version)
     return Candidate(
         assembly,
-        plan.canonical(assembly, recipe.slice_orders, roots),
+        plan.canonical(assembly, recipe, roots),
         tainted,
         served,
-        not tainted.isdisjoint(open_stages.digests),
+        not barred.isdisjoint(open_stages.digests),
     )
-
-
-def today(connection: Connection, model: Model) -> dict[int, dict[int, str]]:
-    """Newest manifest roots of the model's dataset: shard -> slice -> root."""
-    roots: dict[int, dict[int, str]] = {}
-    for cell in cells.list_grid(connection, model.dataset_id):
-        roots.setdefault(cell.shard, {})[cell.slice] = cell.root
-    return roots
 
 
 def publish(connection: Connection, model: Model, found: Candidate, *, cause: str) -> int:
@@ -95,7 +87,7 @@ def publish(connection: Connection, model: Model, found: Candidate, *, cause: st
     )
     raised = cause == "deactivate"
     connection.execute(MARK_DEACTIVATED if raised else MARK_REBUILT, at)
-    connection.execute(NOTIFY, {"model_id": str(model.model_id)})
+    notify(connection, model.model_id)
     events.append(
         connection,
         EventKind.VERSION_PUBLISHED,
@@ -107,3 +99,8 @@ def publish(connection: Connection, model: Model, found: Candidate, *, cause: st
         canonical=found.canonical,
     )
     return version
+
+
+def notify(connection: Connection, model_id: int) -> None:
+    """Tell the model's replicas to look, when the transaction commits."""
+    connection.execute(NOTIFY, {"model_id": str(model_id)})

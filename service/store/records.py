@@ -13,7 +13,7 @@ from service.store.database import Connection
 LIST_TAKEN: LiteralString = """
 SELECT record_id, false AS deleted FROM record WHERE record_id = ANY(%(record_ids)s::uuid[])
 UNION ALL
-SELECT record_id, true FROM tombstone WHERE record_id = ANY(%(record_ids)s::uuid[])
+SELECT record_id, true FROM tombstone WHERE record_id = ANY(%(record_ids)s::uuid[]) AND lifted_at IS NULL
 """
 COUNT_OF_OWNERS: LiteralString = """
 SELECT owner_id, count(*) AS rows

@@ -20,8 +20,8 @@ class Files:
 
     stages: dict[str, Stage]
     """By stage key, as each file's own header says and its key confirms."""
-    digests: dict[str, str]
-    """SHA-256 of each stage's file, by stage key."""
+    digests: dict[str, tuple[str, ...]]
+    """SHA-256 of each stage's files, by stage key: several where platforms differ, or one lies there as evidence."""
     cells: list[list[StoredRecord]]
 
     def chain(self, stage: Stage) -> list[Stage]:
@@ -64,13 +64,14 @@ def find_files(directory: Path) -> Files:
         ArtifactDigestError: a file is not what its name says.
     """
     stages: dict[str, Stage] = {}
-    digests: dict[str, str] = {}
+    digests: dict[str, tuple[str, ...]] = {}
     for path in sorted((directory / "stages").glob("*/*/*.safetensors")):
         data = path.read_bytes()
         stage = _stage_of(data)
         if stage.key != path.parent.parent.name or sha256_hex(data) != path.parent.name:
             raise ArtifactDigestError(f"{path} is not the stage or has not the digest that its name says")
-        stages[stage.key], digests[stage.key] = stage, path.parent.name
+        stages[stage.key] = stage
+        digests[stage.key] = tuple(dict.fromkeys((*digests.get(stage.key, ()), path.parent.name)))
     if not stages:
         raise LookupError(f"{directory} holds no stages: is it the artefact store?")
     return Files(stages, digests, _cells(directory.glob("cells/*/*.parquet")))

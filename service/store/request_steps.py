@@ -9,17 +9,17 @@ from uuid import UUID
 from psycopg.rows import class_row, scalar_row
 
 from service.domain.errors import ConflictError, InvalidInputError, NotFoundError
-from service.domain.requests import State, check_transition
+from service.domain.requests import Kind, State, check_transition
 from service.evidence.events import EventKind
 from service.store import events, models, targets
 from service.store.database import Connection
 
 LOCK_FAILED: LiteralString = """
-SELECT model_id, version, deactivated_at, erased_at
-FROM request_target
-WHERE request_id = %(request_id)s::uuid AND state = 'failed'
-ORDER BY model_id
-FOR UPDATE
+SELECT t.model_id, t.version, t.deactivated_at, r.kind
+FROM request_target t JOIN deletion_request r ON r.request_id = t.request_id
+WHERE t.request_id = %(request_id)s::uuid AND t.state = 'failed'
+ORDER BY t.model_id
+FOR UPDATE OF t
 """
 MARK_RETRIED: LiteralString = """
 UPDATE request_target
@@ -61,16 +61,20 @@ class _Failed:
     model_id: int
     version: int | None
     deactivated_at: datetime | None
-    erased_at: datetime | None
+    kind: str
 
     @property
     def resumes(self) -> State:
-        """The last state that the target reached before it failed."""
+        """The last state that the target reached before it failed.
+
+        An erasure's first attempt begins it, so one that failed after `deactivated` may have destroyed something: it
+        goes on, and is never one that can still be revoked.
+        """
         if self.version is None:
             return State.RECEIVED
         if self.deactivated_at is None:
             return State.DEACTIVATING
-        return State.DEACTIVATED if self.erased_at is None else State.ERASING
+        return State.ERASING if self.kind == Kind.ERASE else State.DEACTIVATED
 
 
 @dataclass(frozen=True, slots=True)

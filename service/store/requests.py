@@ -69,8 +69,17 @@ LIMIT %(limit)s::int
 """
 LIST_TARGETS: LiteralString = """
 SELECT t.request_id, t.model_id, m.name AS model, t.state, t.outcome, t.version, t.attempts, t.error,
-       t.deactivated_at, t.erased_at, t.completed_at
-FROM request_target t JOIN model m USING (model_id)
+       t.deactivated_at, t.erased_at, t.completed_at,
+       CASE WHEN t.state = 'received' THEN t.deferred_until END AS deferred_until,
+       t.state IN ('deactivated', 'erasing') AND t.erased_at IS NULL AND d.kind = 'erase' AND EXISTS (
+           SELECT FROM deletion_request_record q
+           JOIN record c ON c.record_id = q.record_id AND c.dataset_id = m.dataset_id
+           JOIN record_subject s ON s.record_id = q.record_id
+           JOIN hold h ON h.subject_id = s.subject_id AND h.released_at IS NULL
+           WHERE q.request_id = t.request_id) AS held
+FROM request_target t
+JOIN model m ON m.model_id = t.model_id
+JOIN deletion_request d ON d.request_id = t.request_id
 WHERE t.request_id = ANY(%(request_ids)s::uuid[])
 ORDER BY t.request_id, t.model_id
 """
@@ -141,6 +150,10 @@ class RequestTarget:
     deactivated_at: datetime | None
     erased_at: datetime | None
     completed_at: datetime | None
+    deferred_until: datetime | None = None
+    """Until when a `received` target may wait for its replacement (`rebuild_first`); None: it does not wait."""
+    held: bool = False
+    """Whether a hold keeps it from erasing."""
 
 
 @dataclass(frozen=True, slots=True)

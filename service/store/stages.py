@@ -11,13 +11,24 @@ from psycopg.rows import class_row
 from service.store.database import Connection
 from shards.stages import CellRoot, Stage
 
+HOLDS: LiteralString = """
+    t.added <= sc.generation AND (t.removed IS NULL OR sc.generation < t.removed)
+    AND NOT EXISTS (SELECT FROM absence b WHERE b.record_id = t.record_id
+                      AND b.removed <= sc.generation AND sc.generation < b.returned)
+"""
+"""Whether the manifest that a lineage row `sc` names held the record of a tombstone `t`."""
 TAINTED_CELL: LiteralString = """
     EXISTS (SELECT FROM tombstone t
-            WHERE t.cell_id = sc.cell_id AND t.lifted_at IS NULL AND t.added <= sc.generation AND t.removed IS NULL)
+            WHERE t.cell_id = sc.cell_id AND t.lifted_at IS NULL AND t.added <= sc.generation AND t.removed IS NULL
+              AND NOT EXISTS (SELECT FROM absence b WHERE b.record_id = t.record_id
+                                AND b.removed <= sc.generation AND sc.generation < b.returned))
     OR EXISTS (SELECT FROM tombstone t
                WHERE t.cell_id = sc.cell_id AND t.lifted_at IS NULL AND t.added <= sc.generation
-                 AND t.removed > sc.generation)
+                 AND t.removed > sc.generation
+                 AND NOT EXISTS (SELECT FROM absence b WHERE b.record_id = t.record_id
+                                   AND b.removed <= sc.generation AND sc.generation < b.returned))
 """
+"""Whether it held a record that is out: as `HOLDS`, in two looks that an index answers each."""
 LIST_OPEN: LiteralString = """
 SELECT s.stage_key, s.shard, s.prefix, s.roots, s.parent, a.digest, a.parent_digest, a.object_name
 FROM stage s
@@ -39,16 +50,20 @@ WHERE s.stage_key = ANY(%(stage_keys)s::text[]) AND ("""
     + TAINTED_CELL
     + ")"
 )
-LIST_TOUCHED_BY: LiteralString = """
+LIST_TOUCHED_BY: LiteralString = (
+    """
 SELECT DISTINCT rr.request_id, c.shard, c.slice, m.root
 FROM deletion_request_record rr
 JOIN tombstone t ON t.record_id = rr.record_id AND t.lifted_at IS NULL
 JOIN cell c ON c.cell_id = t.cell_id
 JOIN stage_cell sc ON sc.cell_id = t.cell_id
-     AND t.added <= sc.generation AND (t.removed IS NULL OR sc.generation < t.removed)
+     AND """
+    + HOLDS
+    + """
 JOIN cell_manifest m ON m.cell_id = sc.cell_id AND m.generation = sc.generation
 WHERE sc.stage_key = ANY(%(stage_keys)s::text[]) AND rr.request_id = ANY(%(request_ids)s::uuid[])
 """
+)
 INSERT: LiteralString = """
 INSERT INTO stage (stage_key, model_id, shard, prefix, roots, parent)
 VALUES (%(stage_key)s::text, %(model_id)s::bigint, %(shard)s::int, %(prefix)s::int[], %(roots)s::text[],

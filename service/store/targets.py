@@ -1,7 +1,8 @@
-"""Targets: a request's way through one model (rule 26). Claims, tombstones, and the state that a request shows."""
+"""Targets: a request's way through one model (rule 26). Claims, steps, and the state that a request shows."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import LiteralString
 from uuid import UUID
 
@@ -16,10 +17,12 @@ BATCH = 5000
 """Targets that one deactivation takes at most (rule 27)."""
 
 CLAIM_RECEIVED: LiteralString = """
-SELECT t.request_id, r.subject_id, r.created_at < clock_timestamp() - interval '5 seconds' AS overdue
+SELECT t.request_id, r.subject_id, r.created_at < clock_timestamp() - interval '5 seconds' AS overdue,
+       r.kind, r.due_at, t.deferred_until IS NOT NULL AS deferred
 FROM request_target t
 JOIN deletion_request r ON r.request_id = t.request_id
 WHERE t.model_id = %(model_id)s::bigint AND t.state = 'received'
+  AND (t.deferred_until IS NULL OR t.deferred_until <= clock_timestamp())
 ORDER BY r.created_at, t.request_id
 LIMIT %(limit)s::int
 FOR UPDATE OF t SKIP LOCKED
@@ -27,52 +30,12 @@ FOR UPDATE OF t SKIP LOCKED
 LOCK_SUBJECTS: LiteralString = """
 SELECT subject_id FROM subject WHERE subject_id = ANY(%(subject_ids)s::uuid[]) ORDER BY subject_id FOR UPDATE
 """
-INSERT_RECORDS: LiteralString = """
-INSERT INTO deletion_request_record (request_id, record_id)
-SELECT q.request_id, rs.record_id
-FROM unnest(%(request_ids)s::uuid[]) q (request_id)
-JOIN deletion_request d ON d.request_id = q.request_id
-JOIN record_subject rs ON rs.subject_id = d.subject_id
-JOIN record r ON r.record_id = rs.record_id AND r.dataset_id = %(dataset_id)s::uuid
-UNION  -- what older requests of the same subject are about and this model has not dealt with yet, erased or not
-SELECT q.request_id, rr.record_id
-FROM unnest(%(request_ids)s::uuid[]) q (request_id)
-JOIN deletion_request d ON d.request_id = q.request_id
-JOIN deletion_request o ON o.subject_id = d.subject_id AND o.request_id <> d.request_id
-JOIN request_target g ON g.request_id = o.request_id AND g.model_id = %(model_id)s::bigint AND g.state <> 'completed'
-JOIN deletion_request_record rr ON rr.request_id = o.request_id
-ON CONFLICT DO NOTHING
-"""
-LIST_RECORDS: LiteralString = """
-SELECT q.request_id, q.record_id, coalesce(r.cell_id, t.cell_id) AS cell_id
-FROM deletion_request_record q
-LEFT JOIN record r ON r.record_id = q.record_id AND r.dataset_id = %(dataset_id)s::uuid
-LEFT JOIN tombstone t  -- another model's target was faster and has erased the record
-    ON t.record_id = q.record_id AND t.dataset_id = %(dataset_id)s::uuid AND t.erased_at IS NOT NULL
-WHERE q.request_id = ANY(%(request_ids)s::uuid[]) AND (r.record_id IS NOT NULL OR t.record_id IS NOT NULL)
-ORDER BY q.request_id, q.record_id
-"""
 INSERT_TARGETS: LiteralString = """
 INSERT INTO request_target (request_id, model_id, state)
 SELECT q.request_id, m.model_id, 'received'
 FROM unnest(%(request_ids)s::uuid[]) q (request_id)
 CROSS JOIN model m
 WHERE m.dataset_id = %(dataset_id)s::uuid
-ON CONFLICT DO NOTHING
-"""
-INSERT_TOMBSTONES: LiteralString = """
-INSERT INTO tombstone (record_id, dataset_id, cell_id, commitment, added, request_id)
-SELECT r.record_id, r.dataset_id, r.cell_id, r.commitment, r.added, q.request_id
-FROM unnest(%(record_ids)s::uuid[], %(request_ids)s::uuid[]) q (record_id, request_id)
-JOIN record r ON r.record_id = q.record_id
-ON CONFLICT (record_id) DO NOTHING
-RETURNING record_id
-"""
-INSERT_DO_NOT_TRAIN: LiteralString = """
-INSERT INTO do_not_train (subject_id, dataset_id, request_id)
-SELECT d.subject_id, %(dataset_id)s::uuid, d.request_id
-FROM deletion_request d
-WHERE d.request_id = ANY(%(request_ids)s::uuid[]) AND d.subject_id IS NOT NULL
 ON CONFLICT DO NOTHING
 """
 MARK_DEACTIVATING: LiteralString = """
@@ -139,15 +102,10 @@ class Claimed:
     subject_id: UUID | None
     overdue: bool
     """Received so long ago that earlier planners should have taken it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A record that a request is about, and its cell."""
-
-    request_id: UUID
-    record_id: UUID
-    cell_id: int
+    kind: str
+    due_at: datetime
+    deferred: bool
+    """Its replacement is trained, or it may not wait for that any longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,32 +152,9 @@ def lock_subjects(connection: Connection, subject_ids: Iterable[UUID]) -> None:
     connection.execute(LOCK_SUBJECTS, {"subject_ids": sorted(set(subject_ids))})
 
 
-def list_places(connection: Connection, model_id: int, dataset_id: UUID, request_ids: Sequence[UUID]) -> list[Place]:
-    """The records of the model's dataset that the requests are about; those of a subject are written down first."""
-    values = {"request_ids": list(request_ids), "dataset_id": dataset_id, "model_id": model_id}
-    connection.execute(INSERT_RECORDS, values)
-    with connection.cursor(row_factory=class_row(Place)) as cursor:
-        return cursor.execute(LIST_RECORDS, values).fetchall()
-
-
 def insert_targets(connection: Connection, dataset_id: UUID, request_ids: Sequence[UUID]) -> None:
     """Extend the requests to models that were declared on the dataset since: they may have learnt the records."""
     connection.execute(INSERT_TARGETS, {"dataset_id": dataset_id, "request_ids": list(request_ids)})
-
-
-def insert_tombstones(connection: Connection, places: Sequence[Place]) -> int:
-    """Take the records out of service; the first request wins, a later one finds them gone (rule 30).
-
-    Returns:
-        How many records were in service until now.
-    """
-    values = {"record_ids": [p.record_id for p in places], "request_ids": [p.request_id for p in places]}
-    return len(connection.execute(INSERT_TOMBSTONES, values).fetchall())
-
-
-def insert_do_not_train(connection: Connection, dataset_id: UUID, request_ids: Sequence[UUID]) -> None:
-    """Refuse the requests' subjects at ingestion from now on."""
-    connection.execute(INSERT_DO_NOT_TRAIN, {"dataset_id": dataset_id, "request_ids": list(request_ids)})
 
 
 def mark_deactivating(connection: Connection, model_id: int, version: int, plans: dict[UUID, str]) -> None:

@@ -13,7 +13,11 @@ BACKOFF: LiteralString = """
 (t.attempted_at IS NULL
  OR t.attempted_at + make_interval(secs => least(power(2, t.attempts), 60)::float) < clock_timestamp())
 """
-LIST_TO_PLAN: LiteralString = "SELECT DISTINCT model_id FROM request_target WHERE state = 'received' ORDER BY model_id"
+LIST_TO_PLAN: LiteralString = """
+SELECT DISTINCT model_id FROM request_target
+WHERE state = 'received' AND (deferred_until IS NULL OR deferred_until <= clock_timestamp())
+ORDER BY model_id
+"""
 LIST_TO_ERASE: LiteralString = (
     """
 SELECT t.request_id, t.model_id
@@ -34,19 +38,22 @@ LIST_TO_CERTIFY: LiteralString = (
     """
 SELECT t.request_id, t.model_id
 FROM request_target t
-WHERE t.state = 'erasing' AND t.erased_at IS NOT NULL AND """
+JOIN deletion_request r ON r.request_id = t.request_id
+WHERE (t.state = 'erasing' AND t.erased_at IS NOT NULL OR t.state = 'deactivated' AND r.kind <> 'erase') AND """
     + BACKOFF
     + """
-ORDER BY t.erased_at
+ORDER BY t.erased_at, t.deactivated_at
 LIMIT 1000
 """
 )
 LIST_TO_REBUILD: LiteralString = """
-SELECT model_id FROM model WHERE rebuild_wanted AND cleared = floor ORDER BY model_id
+SELECT model_id FROM model
+WHERE (rebuild_wanted OR rebuild_at <= clock_timestamp()) AND cleared = floor
+ORDER BY model_id
 """
 LIST_TO_PUBLISH: LiteralString = """
 SELECT m.model_id FROM model m
-WHERE m.building
+WHERE (m.building OR (m.deferring AND NOT m.rebuild_wanted))
   AND NOT EXISTS (SELECT FROM stage_job j WHERE j.model_id = m.model_id AND j.state IN ('queued', 'running'))
 ORDER BY m.model_id
 """
@@ -69,7 +76,7 @@ class TargetRef:
 
 
 def list_to_plan(connection: Connection) -> list[int]:
-    """Models with received targets."""
+    """Models with received targets, those that wait for their replacement only when it is there or their time is up."""
     return _ids(connection, LIST_TO_PLAN)
 
 
@@ -79,17 +86,17 @@ def list_to_erase(connection: Connection) -> list[TargetRef]:
 
 
 def list_to_certify(connection: Connection) -> list[TargetRef]:
-    """Targets that are erased and lack their certificate."""
+    """Targets that are erased, or restricted, and lack their certificate."""
     return _targets(connection, LIST_TO_CERTIFY)
 
 
 def list_to_rebuild(connection: Connection) -> list[int]:
-    """Models that may lack stages and have no floor to clear first."""
+    """Models that may lack stages, or whose planned moment has come, and that have no floor to clear first."""
     return _ids(connection, LIST_TO_REBUILD)
 
 
 def list_to_publish(connection: Connection) -> list[int]:
-    """Models whose last job ended and whose result is not served yet."""
+    """Models whose last job ended and whose result, or whose deferred deletion, is not served yet."""
     return _ids(connection, LIST_TO_PUBLISH)
 
 
