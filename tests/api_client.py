@@ -29,6 +29,10 @@ RECIPE: dict[str, Any] = {
 }
 
 
+Run = Callable[..., tuple[int, str, str]]
+"""Runs a command; (exit code, stdout, stderr)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Api:
     """A running API."""

@@ -1,5 +1,7 @@
 """Fixtures of the API's tests; a pytest plugin, so nothing is imported from it."""
 
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,8 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from api_client import Api, serving, write_keys
+from api_client import Api, Run, serving, write_keys
 
+from service.cli.main import main
 from service.settings import Settings
 from service.store import api_keys
 from service.store.api_keys import Scope
@@ -45,3 +48,23 @@ def api(api_settings: Settings, database: Any) -> Iterator[Api]:
                 return client(api_keys.create(connection, "test", scopes))
 
         yield Api(url, api_settings, client(first), pool, with_scopes)
+
+
+@pytest.fixture
+def run(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in a state directory that names the API; (exit code, stdout, stderr)."""
+    state = tmp_path / "state"
+    (state / "run").mkdir(parents=True)
+    (state / "keys").mkdir()
+    (state / "run" / "up.json").write_text(json.dumps({"api_url": api.url, "servers": []}))
+    token = api.client.headers["Authorization"].removeprefix("Bearer ")
+    (state / "keys" / "first-api-key").write_text(token + "\n")
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["expunge", *arguments, "--state", str(state)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return call

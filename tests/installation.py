@@ -54,13 +54,13 @@ class Installation:
         assert answer.is_success, (path, answer.text)
         return answer.json()
 
-    def upload(self, dataset: str, rows: dict[str, int]) -> dict[str, Any]:
+    def upload(self, dataset: str, rows: dict[str, int], labels: tuple[str, str] = ("no", "yes")) -> dict[str, Any]:
         lines = [
             {
                 "record_id": f"{dataset}-{subject}-{row}",
                 "subject": {"type": "user", "value": subject},
                 "text": text_of(f"{subject}{row}"),
-                "label": ("no", "yes")[(sum(subject.encode()) + row) % 2],
+                "label": labels[(sum(subject.encode()) + row) % 2],
             }
             for subject, count in rows.items()
             for row in range(count)
@@ -73,13 +73,14 @@ class Installation:
     def make(self, name: str, *, subjects: int, evaluation: bool = False, **recipe: Any) -> None:
         """A dataset of its own with a model that is not trained yet."""
         chosen = tiny_recipe(self.backbone, **({"seed": int.from_bytes(name.encode()[-6:])} | recipe))
-        grid = {"shards": chosen.shards, "slices": chosen.slices, "classes": list(chosen.classes)}
+        grid = {"shards": chosen.shards, "slices": chosen.slices, "classes": list(chosen.classes), "task": chosen.task}
+        labels = ("-1.5", "2.25") if chosen.task == "regression" else ("no", "yes")
         self.post("/v1/datasets", {"name": f"{name}-data", **grid})
-        self.upload(f"{name}-data", {f"{name}{number}": 1 + number % 3 for number in range(subjects)})
+        self.upload(f"{name}-data", {f"{name}{number}": 1 + number % 3 for number in range(subjects)}, labels)
         body: dict[str, Any] = {"name": name, "dataset": f"{name}-data", "recipe": chosen.to_json()}
         if evaluation:
             self.post("/v1/datasets", {"name": f"{name}-held-out", **grid, "deletable": False})
-            self.upload(f"{name}-held-out", {f"{name}-other{number}": 2 for number in range(20)})
+            self.upload(f"{name}-held-out", {f"{name}-other{number}": 2 for number in range(20)}, labels)
             body["evaluation_dataset"] = f"{name}-held-out"
         self.post("/v1/models", body)
 

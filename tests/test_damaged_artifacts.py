@@ -11,12 +11,12 @@ from test_workers_path import served
 from world_copies import Copy
 
 from service.serving.metrics import ServingMetrics
-from service.serving.predictor import EnsembleEngine
 from service.serving.replica import Replica
 from service.serving.weights import Weights
 from service.store import jobs, leases, objects, work
 from service.store.database import transaction
 from shards.engine.s3t import S3T
+from shards.engine.stacked import StackedReader
 from workers import steps
 from workers.reaper import Reaper
 from workers.training import train_queued
@@ -48,12 +48,12 @@ def test_a_damaged_artefact_is_refused_for_training_and_for_serving(world: Copy)
     name, path = live_file(world, parent)
     damage(path)
     replica = Replica(world.model_id, "tiny", ServingMetrics())
-    weights = Weights(replica, world.context.artifacts.get, EnsembleEngine, ServingMetrics())
+    weights = Weights(replica, world.context.artifacts.get, StackedReader, ServingMetrics())
     with transaction(world.pool) as connection:
         target = leases.get_target(connection, world.model_id)
         clean = leases.list_clean_artifacts(connection, world.model_id)
     assert not weights.maintain(target, clean, lambda: False)
-    held = weights._engine.held() if weights._engine else frozenset()
+    held = weights._reader.held() if weights._reader else frozenset()
     assert name.split("/")[2] not in held
     assert len(held) == len(clean) - 1
     needed = json.dumps(target.body)

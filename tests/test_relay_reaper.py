@@ -109,6 +109,9 @@ def test_the_relay_does_not_flood(world: Copy, monkeypatch: pytest.MonkeyPatch) 
 def test_a_stalled_job_is_queued_again_and_fails_in_the_end_with_its_children(world: Copy) -> None:
     world.add({"new": ["new1"]})
     steps.rebuild_model(world.context, world.model_id)
+    with transaction(world.pool) as connection:  # one that others stand on comes first
+        connection.execute("UPDATE stage_job j SET queued_at = queued_at - interval '1 hour' FROM stage s"
+                           " WHERE s.parent = j.stage_key AND j.state = 'queued'")  # fmt: skip
     first = claim(world)
     children = below(world, first.stage_key)
     assert children

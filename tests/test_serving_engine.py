@@ -9,12 +9,12 @@ from conftest import Database
 from serving_kit import Toy, serving, wait_until
 from tiny import tiny_backbone, tiny_recipe, tiny_records
 
-from service.serving.predictor import EnsembleEngine
 from shards.assembly import Assembly, Member
 from shards.digest import sha256_hex
 from shards.engine.backbone import Backbone
 from shards.engine.determinism import prepare
 from shards.engine.s3t import S3T
+from shards.engine.stacked import StackedReader
 from shards.errors import ArtifactDigestError
 from shards.stages import chain
 
@@ -36,7 +36,7 @@ def test_the_real_engine_serves_deactivates_and_frees(database: Database, tmp_pa
     toy.publish("a", "b", cause="train")
 
     texts = ["w1 w2 w3", "w7", "w9 " * 12]
-    alone = EnsembleEngine(recipe)
+    alone = StackedReader(recipe)
     members = []
     for key, data in trained.values():
         alone.load(sha256_hex(data), data)
@@ -46,7 +46,7 @@ def test_the_real_engine_serves_deactivates_and_frees(database: Database, tmp_pa
     with pytest.raises(ArtifactDigestError):
         alone.load("0" * 64, data)
 
-    with serving(toy, factory=partial(EnsembleEngine, device="cpu")) as (client, _):
+    with serving(toy, factory=partial(StackedReader, device="cpu")) as (client, _):
         assert client.predict(*texts).json()["outputs"] == expected(both)
         version = toy.publish("a", None, taint=1)
         wait_until(lambda: toy.leases()[0]["covers"] == version)

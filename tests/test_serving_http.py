@@ -18,6 +18,7 @@ from service.serving.__main__ import Program
 from service.serving.fence import Fence
 from service.store import api_keys
 from shards.assembly import Assembly
+from shards.errors import InputError
 from shards.logits import Logits
 from shards.recipe import Backbone, Recipe
 
@@ -184,6 +185,38 @@ def test_an_outage_of_postgres_ends_in_503_and_recovers(toy: Toy) -> None:
             assert "no valid lease" in answer.json()["detail"]
             assert not client.ready()
         wait_until(lambda: client.predict().status_code == 200, seconds=5)
+
+
+def test_an_input_that_cannot_be_read_takes_nobody_else_along(toy: Toy) -> None:
+    """Whoever waits behind a slow pass is answered with others in one pass; one of them sends what no engine reads."""
+
+    class Picky(ToyEngine):
+        pace = 0.2
+
+        def build(self, assembly: Assembly) -> Any:
+            inner = super().build(assembly)
+
+            class Predictor:
+                def logits(self, texts: Sequence[str]) -> Logits:
+                    if "damaged" in texts:
+                        raise InputError("input: an image could not be read")
+                    return inner.logits(texts)
+
+            return Predictor()
+
+    statuses: dict[str, int] = {}
+
+    def ask(text: str) -> None:
+        statuses[text] = client.predict(text).status_code
+
+    with serving(toy, factory=Picky) as (client, _):
+        threads = [threading.Thread(target=ask, args=(text,)) for text in ("first", "a", "damaged", "b")]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.03)
+        for thread in threads:
+            thread.join()
+    assert statuses == {"first": 200, "a": 200, "damaged": 422, "b": 200}
 
 
 def test_a_stop_lets_requests_end(toy: Toy) -> None:

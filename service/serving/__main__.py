@@ -14,11 +14,12 @@ from service.serving.fleet import Fleet, FleetSettings
 from service.serving.keys import Keys
 from service.serving.lease import LeaseSettings
 from service.serving.metrics import ServingMetrics
-from service.serving.predictor import EngineFactory, EnsembleEngine
 from service.serving.wire import WireProtocol
 from service.settings import Settings, settings
 from service.store.artifacts import open_artifacts
 from shards.engine.determinism import prepare
+from shards.engine.interface import ReaderFactory
+from shards.engine.registry import open_reader
 
 FENCED = 3
 """Exit code of a process whose lease was ended: start a new one."""
@@ -40,14 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
     config = settings()
     return run(
         config,
-        partial(EnsembleEngine, device=config.device),
+        partial(open_reader, device=config.device),
         host=options.host,
         port=options.port,
         name=options.name,
     )
 
 
-def run(config: Settings, factory: EngineFactory, *, host: str, port: int, name: str) -> int:
+def run(config: Settings, factory: ReaderFactory, *, host: str, port: int, name: str) -> int:
     """Serve with the engine given, from the main thread; the exit code."""
     sys.setswitchinterval(SWITCH_INTERVAL)
     program = Program(config, factory, host=host, port=port, name=name)
@@ -62,7 +63,7 @@ def run(config: Settings, factory: EngineFactory, *, host: str, port: int, name:
 class Program:
     """The composition of one model server."""
 
-    def __init__(self, config: Settings, factory: EngineFactory, *, host: str, port: int, name: str) -> None:
+    def __init__(self, config: Settings, factory: ReaderFactory, *, host: str, port: int, name: str) -> None:
         """Nothing runs before `server.run()`."""
         self.fenced = False
         metrics = ServingMetrics()

@@ -1,20 +1,27 @@
 """Bodies of the predict call: what is accepted, what is answered, and RFC 9457 problems. Inputs are never quoted."""
 
+import base64
+import binascii
 import json
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from service.serving.replica import Pointer
+from shards import vectors
+from shards.engine.interface import Input
 from shards.logits import Logits
+from shards.recipe import Recipe
 
 BATCH_LIMIT = 256
 BODY_LIMIT = 4 * 2**20
 DIGITS = 6
 """Decimal places of a probability; their sum may differ from 1 by as much per class."""
 
+Float64 = npt.NDArray[np.float64]
 Headers = Sequence[tuple[bytes, bytes]]
 Message = MutableMapping[str, Any]
 
@@ -66,8 +73,8 @@ def unavailable(slug: str, detail: str) -> ProblemError:
     return ProblemError(503, slug, detail, headers=((b"retry-after", b"1"),))
 
 
-def parse_inputs(body: bytes, *, input_limit: int) -> list[str]:
-    """The texts of a predict body.
+def parse_inputs(body: bytes, *, input_limit: int) -> list[Input]:
+    """The inputs of a predict body: texts, or images in base64.
 
     Raises:
         ProblemError: 400 for what is not JSON, 422 for JSON that is not acceptable, 413 for one input too long.
@@ -79,50 +86,113 @@ def parse_inputs(body: bytes, *, input_limit: int) -> list[str]:
     inputs = document.get("inputs") if isinstance(document, dict) else None
     if not isinstance(inputs, list) or set(document) != {"inputs"}:
         raise ProblemError(
-            422, "invalid-body", "the body must be an object with the one field inputs, a list of strings"
+            422,
+            "invalid-body",
+            'the body must be an object with the one field inputs, a list of strings or of {"image": base64}',
         )
     if not 1 <= len(inputs) <= BATCH_LIMIT:
-        raise ProblemError(422, "invalid-batch", f"inputs must hold between 1 and {BATCH_LIMIT} texts")
-    for place, text in enumerate(inputs):
-        if not isinstance(text, str):
-            raise ProblemError(422, "invalid-input", f"inputs[{place}] must be a string")
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError:
-            raise ProblemError(
-                422,
-                "invalid-input",
-                f"inputs[{place}] holds a lone surrogate, which no Unicode text has; send valid UTF-8",
-            ) from None
-        if size > input_limit:
-            raise ProblemError(
-                413,
-                "input-too-large",
-                f"inputs[{place}] is longer than {input_limit} bytes; send a part of it",
-            )
-    return inputs
+        raise ProblemError(422, "invalid-batch", f"inputs must hold between 1 and {BATCH_LIMIT} inputs")
+    return [_input(value, f"inputs[{place}]", input_limit) for place, value in enumerate(inputs)]
+
+
+def check_inputs(recipe: Recipe, inputs: Sequence[Input]) -> None:
+    """Refuse inputs of another kind than the model's.
+
+    Raises:
+        ProblemError: 422, or 501 where this server has no answers for the model's task.
+    """
+    if recipe.task == "completion":
+        raise ProblemError(501, "not-a-predictor", "the model completes texts: ask it by POST /v1/completions")
+    images = recipe.input == "image"
+    if any(isinstance(each, bytes) != images for each in inputs):
+        kind = '{"image": base64}' if images else "a string"
+        raise ProblemError(422, "invalid-input", f"the model's input is {recipe.input}: each input must be {kind}")
+    if recipe.module is not None and not all(_is_vector(each, recipe.module.width) for each in inputs):
+        detail = f"each input must be a JSON array of {recipe.module.width} finite numbers, as a string"
+        raise ProblemError(422, "invalid-input", detail)
+
+
+def _input(value: Any, where: str, limit: int) -> Input:
+    image = value["image"] if isinstance(value, dict) and set(value) == {"image"} else None
+    text = value if image is None else image
+    if not isinstance(text, str):
+        raise ProblemError(422, "invalid-input", f'{where} must be a string, or {{"image": base64}}')
+    check_text(text, where, limit)
+    return text if image is None else image_of(text, f"{where}.image")
+
+
+def check_text(text: str, where: str, limit: int) -> None:
+    """Refuse what is no Unicode text, or is longer than `limit` bytes.
+
+    Raises:
+        ProblemError: 422 or 413.
+    """
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        detail = f"{where} holds a lone surrogate, which no Unicode text has; send valid UTF-8"
+        raise ProblemError(422, "invalid-input", detail) from None
+    if size > limit:
+        raise ProblemError(413, "input-too-large", f"{where} is longer than {limit} bytes; send a part of it")
+
+
+def image_of(text: str, where: str) -> bytes:
+    """The bytes of an image file sent in base64.
+
+    Raises:
+        ProblemError: 422.
+    """
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):  # ValueError: letters beyond ASCII
+        raise ProblemError(422, "invalid-input", f"{where} is not base64") from None
+
+
+def _is_vector(text: Input, width: int) -> bool:
+    try:
+        vectors.parsed(text, width)
+    except vectors.VectorError:
+        return False
+    return True
 
 
 def render(model: str, pointer: Pointer, parts: Sequence[Logits]) -> Answer:
-    """The prediction: softmax over the aggregated logits, with the version that it came from."""
+    """The prediction with the version that it came from: probabilities of the classes, or a regression's value."""
     logits = np.concatenate(parts).astype(np.float64)
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
-    outputs = [
-        {
-            "label": pointer.classes[int(row.argmax())],
-            "probabilities": dict(zip(pointer.classes, (round(float(p), DIGITS) for p in row), strict=True)),
-        }
-        for row in probabilities
-    ]
+    classes = pointer.recipe.classes
+    outputs = _values(logits) if pointer.recipe.task == "regression" else _probabilities(classes, logits)
     body: Mapping[str, Any] = {
         "model": model,
         "version": pointer.version,
         "outputs": outputs,
         "shards": {"live": pointer.live, "of": pointer.of},
     }
-    headers = (
+    return Answer(200, json.dumps(body).encode(), headers=provenance(pointer))
+
+
+def provenance(pointer: Pointer) -> Headers:
+    """The headers that say which version answered, and from which stages."""
+    return (
         (b"x-expunge-version", str(pointer.version).encode()),
         (b"x-expunge-assembly", pointer.assembly.encode()),
     )
-    return Answer(200, json.dumps(body).encode(), headers=headers)
+
+
+def _values(logits: Float64) -> list[dict[str, Any]]:
+    return [{"value": round(float(row[0]), DIGITS)} for row in logits]
+
+
+def _probabilities(classes: Sequence[str], logits: Float64) -> list[dict[str, Any]]:
+    return [
+        {
+            "label": classes[int(row.argmax())],
+            "probabilities": dict(zip(classes, (round(float(p), DIGITS) for p in row), strict=True)),
+        }
+        for row in softmax(logits)
+    ]
+
+
+def softmax(logits: Float64) -> Float64:
+    """Probabilities (inputs, classes) of the aggregated logits."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)

@@ -1,34 +1,23 @@
 """The model server's HTTP interface: plain ASGI, since the final check must sit directly before the write."""
 
 import asyncio
-import json
-import re
-from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import suppress
-from dataclasses import asdict
-from typing import Any
+import time
+from collections.abc import Awaitable
 
-from service.logs import get_logger
-from service.serving import metrics as exposition
-from service.serving.answers import BODY_LIMIT, Answer, Message, ProblemError, parse_inputs
+from service.serving import completions, inference
+from service.serving.answers import Answer, ProblemError, check_inputs, parse_inputs, render
 from service.serving.compute import Compute
 from service.serving.fleet import Fleet
+from service.serving.generate import Completions
+from service.serving.incoming import Call, DisconnectedError, Receive, Scope, Send
 from service.serving.keys import Keys
 from service.serving.metrics import ServingMetrics
-from service.serving.predict import Predictions, Send, Served
-from service.serving.wire import Wire
-from service.store.api_keys import Scope
-
-PREDICT = re.compile(r"/v1/models/([^/]+)/predict")
-
-Scope_ = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-
-log = get_logger(__name__)
-
-
-class DisconnectedError(Exception):
-    """The client went away before its request was whole."""
+from service.serving.predict import Predictions, Question, Served, begin
+from service.serving.probes import Probes, find
+from service.serving.replica import Pointer
+from service.serving.routes import Place, Route, place_of, refusal_of
+from service.store import api_keys
+from shards.engine.interface import Input
 
 
 class App:
@@ -40,23 +29,26 @@ class App:
         self._keys = keys
         self._metrics = metrics
         self._input_limit = input_limit
-        self._compute: Compute | None = None
+        self._probes = Probes(fleet, metrics)
+        self._since = int(time.time())
+        self._running: tuple[Predictions, Completions] | None = None
 
-    async def __call__(self, scope: Scope_, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
-            await self._http(scope, receive, send)
+            await self._http(Call.of(scope, receive, send))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         self._keys.open()
-        self._compute = Compute()
+        compute = Compute()
+        self._running = Predictions(compute, self._metrics), Completions(compute, self._metrics)
         self._fleet.start(asyncio.get_running_loop())
         await send({"type": "lifespan.startup.complete"})
         await receive()  # uvicorn has finished every request by now
-        await asyncio.to_thread(self._close, self._compute)
+        await asyncio.to_thread(self._close, compute)
         await send({"type": "lifespan.shutdown.complete"})
 
     def _close(self, compute: Compute) -> None:
@@ -64,64 +56,67 @@ class App:
         self._fleet.stop()
         self._keys.close()
 
-    async def _http(self, scope: Scope_, receive: Receive, send: Send) -> None:
-        path, method = scope["path"], scope["method"]
-        match = PREDICT.fullmatch(path)
+    @property
+    def _started(self) -> tuple[Predictions, Completions]:
+        if self._running is None:
+            raise AssertionError("the lifespan starts before the first request")
+        return self._running
+
+    async def _http(self, call: Call) -> None:
         try:
-            if match is not None:
-                _allow(method, "POST")
-                await self._predict(match.group(1), scope, receive, send)
-                return
-            answer = self._page(path, method)
+            place = place_of(call.path)
+            call.allow(place.method)
+            answer = await self._answer(place, call)
         except ProblemError as problem:
-            answer = problem.answer()
+            answer = refusal_of(call.path)(problem)
         except DisconnectedError:
             return
-        for message in answer.messages():
-            await send(message)
+        for message in answer.messages() if answer else ():
+            await call.send(message)
 
-    def _page(self, path: str, method: str) -> Answer:
-        if path not in {"/healthz", "/readyz", "/metrics"}:
-            raise ProblemError(
-                404,
-                "not-found",
-                "the model server has POST /v1/models/{model}/predict, /healthz, /readyz, /metrics",
-            )
-        _allow(method, "GET")
-        if path == "/healthz":
-            return Answer(200, b'{"status": "alive"}')
-        if path == "/readyz":
-            return self._ready()
-        self._fleet.observe()
-        return Answer(200, self._metrics.exposition(), exposition.CONTENT_TYPE.encode())
+    async def _answer(self, place: Place, call: Call) -> Answer | None:
+        """The answer of an address; None where it was sent already, behind its final check."""
+        if (page := self._probes.answer(place)) is not None:
+            return page
+        await self._keys.check(call.header(b"authorization"), api_keys.Scope.MODEL_PREDICT)
+        match place.route:
+            case Route.MODELS:
+                return completions.listing(self._fleet.names(), self._since)
+            case Route.MODEL:
+                return completions.entry(find(self._fleet, place.model).replica.model, self._since)
+            case Route.METADATA:
+                return self._metadata(place)
+            case Route.COMPLETIONS:
+                asked = completions.parse(await call.document(completions.EXAMPLE), input_limit=self._input_limit)
+                served = find(self._fleet, asked.model)
+                await self._counted(served, self._started[1].complete(served, asked, call))
+            case _:
+                served = find(self._fleet, place.model)
+                await self._counted(served, self._ask(served, place, call))
+        return None
 
-    def _ready(self) -> Answer:
-        statuses = self._fleet.statuses()
-        ready = statuses is not None and all(status.ready for status in statuses)
-        body: dict[str, Any] = {
-            "ready": ready,
-            "models": [{**asdict(status), "ready": status.ready} for status in statuses or ()],
-        }
-        if statuses is None:
-            body["detail"] = "Postgres was not reached yet; check EXPUNGE_DATABASE_URL"
-        return Answer(200 if ready else 503, json.dumps(body).encode())
+    async def _ask(self, served: Served, place: Place, call: Call) -> str:
+        """Predict or infer."""
+        _ = call.least  # what is wrong with the headers is said first
+        if place.route is Route.INFER:
+            if call.header(b"inference-header-content-length"):
+                raise ProblemError(400, "invalid-body", "binary tensors are not spoken here; send data as JSON")
+            document = await call.document(inference.EXAMPLE)
+            asked = inference.parse(document, version=place.version, input_limit=self._input_limit)
+            question = Question(asked.inputs, asked.render)
+        else:
+            inputs = parse_inputs(await call.body(), input_limit=self._input_limit)
+            question = Question(lambda pointer: _checked(pointer, inputs), render)
+        return await self._started[0].predict(served, question, call)
 
-    async def _predict(self, model: str, scope: Scope_, receive: Receive, send: Send) -> None:
-        """Answer one call; what is refused is raised and counted."""
-        headers = dict(scope["headers"])
-        await self._keys.check(headers.get(b"authorization", b""), Scope.MODEL_PREDICT)
-        served = self._fleet.find(model)
-        if served is None:
-            raise ProblemError(
-                404,
-                "no-such-model",
-                "no version of such a model was published; GET /v1/models of the API lists them",
-            )
+    async def _counted(self, served: Served, work: Awaitable[str]) -> None:
+        """Count a call by its result, what is refused or broken off too."""
+        model = served.replica.model
         in_flight = self._metrics.in_flight.labels(model)
         in_flight.inc()
         result = "failed"
         try:
-            result = await self._answer(served, headers, scope, receive, send)
+            result = await work
         except ProblemError as problem:
             result = problem.slug
             raise
@@ -132,48 +127,14 @@ class App:
             in_flight.dec()
             self._metrics.predictions.labels(model, result).inc()
 
-    async def _answer(
-        self, served: Served, headers: dict[bytes, bytes], scope: Scope_, receive: Receive, send: Send
-    ) -> str:
-        least = _min_version(headers.get(b"x-expunge-min-version"))
-        texts = parse_inputs(await _read_body(headers, receive), input_limit=self._input_limit)
-        if self._compute is None:
-            raise AssertionError("the lifespan starts before the first request")
-        predictions = Predictions(self._compute, self._metrics)
-        return await predictions.predict(served, texts, least, Wire.of(scope), send)
+    def _metadata(self, place: Place) -> Answer:
+        replica = find(self._fleet, place.model).replica
+        pointer = begin(replica)
+        replica.abandon(pointer.version)
+        inference.check_served(pointer, place.version)
+        return inference.metadata(place.model, pointer)
 
 
-def _allow(method: str, allowed: str) -> None:
-    if method != allowed:
-        detail = f"this address takes {allowed} only"
-        raise ProblemError(405, "method-not-allowed", detail, headers=((b"allow", allowed.encode()),))
-
-
-def _min_version(value: bytes | None) -> int:
-    if value is None:
-        return 0
-    with suppress(ValueError):
-        if value.isdigit() and len(value) < 19:
-            return int(value)
-    raise ProblemError(400, "invalid-header", "X-Expunge-Min-Version must be a version number")
-
-
-async def _read_body(headers: dict[bytes, bytes], receive: Receive) -> bytes:
-    """The whole body, or a refusal as soon as it is known to be too large."""
-    declared = headers.get(b"content-length", b"0")
-    body = bytearray()
-    more = True
-    while more and len(body) <= BODY_LIMIT and not (declared.isdigit() and int(declared) > BODY_LIMIT):
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise DisconnectedError
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    if more or len(body) > BODY_LIMIT:
-        raise ProblemError(
-            413,
-            "body-too-large",
-            f"a body may have {BODY_LIMIT} bytes; send fewer inputs",
-            headers=((b"connection", b"close"),),
-        )
-    return bytes(body)
+def _checked(pointer: Pointer, inputs: list[Input]) -> list[Input]:
+    check_inputs(pointer.recipe, inputs)
+    return inputs

@@ -3,11 +3,14 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from service.serving.predictor import Predictor
+from shards.engine.interface import Input, Predictor
 from shards.logits import Logits
+
+T = TypeVar("T")
 
 ROWS = 32
 """Rows per pass."""
@@ -22,9 +25,18 @@ class OverloadedError(Exception):
 @dataclass(slots=True, eq=False)
 class _Job:
     predictor: Predictor
-    texts: Sequence[str]
+    inputs: Sequence[Input]
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[list[Logits]]"
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """One short piece of a long work; it runs on its own."""
+
+    work: Callable[[], Any]
+    loop: asyncio.AbstractEventLoop
+    future: "asyncio.Future[Any]"
 
 
 class Compute:
@@ -33,14 +45,16 @@ class Compute:
     def __init__(self) -> None:
         """Start the thread; `close` ends it."""
         self._jobs: deque[_Job] = deque()
+        self._turns: deque[_Turn] = deque()
+        self._turn_is_next = False
         self._ready = threading.Condition()
         self._rows = 0
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
 
-    async def run(self, predictor: Predictor, texts: Sequence[str]) -> list[Logits]:
-        """Logits of `texts`, in parts whose rows follow one another.
+    async def run(self, predictor: Predictor, inputs: Sequence[Input]) -> list[Logits]:
+        """Logits of `inputs`, in parts whose rows follow one another.
 
         Raises:
             OverloadedError: the queue is full, or closed.
@@ -48,10 +62,27 @@ class Compute:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[Logits]] = loop.create_future()
         with self._ready:
-            if self._closed or self._rows + len(texts) > BACKLOG_ROWS:
+            if self._closed or self._rows + len(inputs) > BACKLOG_ROWS:
                 raise OverloadedError
-            self._rows += len(texts)
-            self._jobs.append(_Job(predictor, texts, loop, future))
+            self._rows += len(inputs)
+            self._jobs.append(_Job(predictor, inputs, loop, future))
+            self._ready.notify()
+        return await future
+
+    async def turn(self, work: Callable[[], T]) -> T:
+        """What `work` returns: it should be quick, since passes and turns alternate while both wait.
+
+        A turn is never refused for want of room: the caller bounds how many long works there are.
+
+        Raises:
+            OverloadedError: the queue is closed.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        with self._ready:
+            if self._closed:
+                raise OverloadedError
+            self._turns.append(_Turn(work, loop, future))
             self._ready.notify()
         return await future
 
@@ -64,60 +95,82 @@ class Compute:
 
     def _run(self) -> None:
         while (batch := self._take()) is not None:
-            _compute(batch)
+            if isinstance(batch, _Turn):
+                _take_turn(batch)
+            else:
+                _compute(batch)
             # Held until the next batch otherwise, and with it the weights of an old version.
             del batch
 
-    def _take(self) -> list[_Job] | None:
-        """The first job and those behind it that fit into the same pass; None at the end."""
+    def _take(self) -> list[_Job] | _Turn | None:
+        """The first job and those behind it that fit into the same pass, or a turn; None at the end."""
         with self._ready:
-            while not self._jobs and not self._closed:
+            while not self._jobs and not self._turns and not self._closed:
                 self._ready.wait()
+            if self._turns and (self._turn_is_next or not self._jobs):
+                self._turn_is_next = False
+                return self._turns.popleft()
             if not self._jobs:
                 return None
+            self._turn_is_next = True
             batch = [self._jobs.popleft()]
-            rows = len(batch[0].texts)
+            rows = len(batch[0].inputs)
             while self._jobs:
                 following = self._jobs[0]
-                rows += len(following.texts)
+                rows += len(following.inputs)
                 if rows > ROWS or following.predictor is not batch[0].predictor:
                     break
                 batch.append(self._jobs.popleft())
-            self._rows -= sum(len(job.texts) for job in batch)
+            self._rows -= sum(len(job.inputs) for job in batch)
             return batch
 
 
-def _compute(batch: Sequence[_Job]) -> None:
-    """Run a batch and hand each job its rows; a failure goes to every job of the batch."""
-    texts = [text for job in batch for text in job.texts]
+def _take_turn(turn: _Turn) -> None:
     try:
-        parts = [batch[0].predictor.logits(texts[start : start + ROWS]) for start in range(0, len(texts), ROWS)]
+        result = turn.work()
+    except Exception as error:  # noqa: BLE001 - handed over to whoever asked
+        _deliver(turn, None, type(error).__name__)
+        return
+    _deliver(turn, result, "")
+
+
+def _compute(batch: Sequence[_Job]) -> None:
+    """Run a batch and hand each job its rows; after a failure each job runs alone, so that it takes none along."""
+    inputs = [each for job in batch for each in job.inputs]
+    parts: list[Logits] = []
+    failure = ""
+    try:
+        parts = [batch[0].predictor.logits(inputs[start : start + ROWS]) for start in range(0, len(inputs), ROWS)]
     except Exception as error:  # noqa: BLE001 - handed over to whoever asked
         failure = type(error).__name__  # its traceback would hold the predictor, its message may hold an input
+    if failure and len(batch) > 1:
         for job in batch:
-            _deliver(job, None, failure)
+            _compute([job])
+        return
+    if failure:
+        _deliver(batch[0], None, failure)
         return
     if len(batch) == 1:
         _deliver(batch[0], parts, "")
         return
     start = 0
     for job in batch:  # more than one job: one part
-        _deliver(job, [parts[0][start : start + len(job.texts)]], "")
-        start += len(job.texts)
+        _deliver(job, [parts[0][start : start + len(job.inputs)]], "")
+        start += len(job.inputs)
 
 
 class ComputeError(Exception):
     """The engine failed; the message is the class of its error."""
 
 
-def _deliver(job: _Job, parts: list[Logits] | None, failure: str) -> None:
+def _deliver(job: _Job | _Turn, result: Any, failure: str) -> None:
     def settle() -> None:
         if job.future.done():  # the caller has gone
             return
-        if parts is None:
+        if failure:
             job.future.set_exception(ComputeError(failure))
         else:
-            job.future.set_result(parts)
+            job.future.set_result(result)
 
     try:
         job.loop.call_soon_threadsafe(settle)

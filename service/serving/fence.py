@@ -60,6 +60,10 @@ class Fence:
         """Work on `version` passed the final check: it counts against `covers` until `sent`."""
         return replace(self, computing=_added(self.computing, version, -1), sending=_added(self.sending, version, 1))
 
+    def send_part(self, version: int) -> Self:
+        """A part of an answer passed a final check; the work on the rest goes on (streams)."""
+        return replace(self, sending=_added(self.sending, version, 1))
+
     def sent(self, version: int) -> Self:
         """The kernel has the whole answer, or the connection is gone."""
         return replace(self, sending=_added(self.sending, version, -1))

@@ -13,11 +13,11 @@ from service.logs import get_logger
 from service.serving.lease import Lease, LeaseSettings
 from service.serving.metrics import ServingMetrics
 from service.serving.predict import Served
-from service.serving.predictor import EngineFactory
 from service.serving.replica import Replica
 from service.serving.weights import Get, Weights
 from service.store import leases, models
 from service.store.database import Connection, connect
+from shards.engine.interface import ReaderFactory
 
 POLL = 1.0
 """Seconds between looks for new models."""
@@ -63,7 +63,7 @@ class Fleet:
 
     settings: FleetSettings
     get: Get
-    factory: EngineFactory
+    factory: ReaderFactory
     metrics: ServingMetrics
     on_ended: Callable[[], None]
     """Called when a lease was found ended: the process must exit (rule 11)."""
@@ -92,6 +92,10 @@ class Fleet:
         """The model of that name, if anything of it was ever published."""
         model_id = self._names.get(name)
         return None if model_id is None else self._members[model_id].served
+
+    def names(self) -> list[str]:
+        """The models of which anything was ever published."""
+        return sorted(self._names)
 
     def statuses(self) -> list[Status] | None:
         """Where each model stands; None before the first look at the database."""
@@ -138,7 +142,8 @@ class Fleet:
 
     def _discover(self, connection: Connection) -> None:
         for model in models.list_models(connection):
-            if model.version > 0 and model.model_id not in self._members:
+            served = model.recipe["engine"] != "external"  # its artefacts are for a server of the operator's own
+            if served and model.version > 0 and model.model_id not in self._members:
                 self._add(model.model_id, model.name)
         self._looked.set()
 

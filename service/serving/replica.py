@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from service.serving.fence import Fence
 from service.serving.metrics import ServingMetrics
-from service.serving.predictor import Predictor
+from shards.engine.interface import Predictor
+from shards.recipe import Recipe
 
 Clock = Callable[[], float]
 
@@ -25,7 +26,7 @@ class Pointer:
     assembly: str
     """Digest."""
     predictor: Predictor
-    classes: tuple[str, ...]
+    recipe: Recipe
     live: int
     """Shards that answer."""
     of: int
@@ -43,6 +44,8 @@ class Replica:
         """Set when a heartbeat should be sent at once: it acknowledges."""
         self.on_floor: Callable[[], None] = lambda: None
         """Called after the floor rose, on the thread that raised it."""
+        self.min_shards = 1
+        """With fewer live shards nothing is answered: the model's policy, followed within seconds."""
         self.problem = ""
         """Why the newest version is not served; empty when it is."""
         self._metrics = metrics
@@ -94,6 +97,14 @@ class Replica:
             if not self._fence.may_answer(version, self._clock()):
                 return False
             self._fence = self._fence.send(version)
+            return True
+
+    def check_part(self, version: int) -> bool:
+        """The final check of one part of a stream, whose work goes on until `abandon`; `sent` follows each part."""
+        with self._lock:
+            if not self._fence.may_answer(version, self._clock()):
+                return False
+            self._fence = self._fence.send_part(version)
             return True
 
     def sent(self, version: int) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 from service.logs import get_logger
 from service.serving.metrics import ServingMetrics
-from service.serving.predictor import Engine, EngineFactory
 from service.serving.replica import Pointer, Replica
 from service.store.artifacts import ArtifactMissingError
 from service.store.leases import StageObject, Target
 from shards.assembly import Assembly
+from shards.engine.interface import Reader, ReaderFactory
 from shards.errors import ArtifactDigestError, ShardsError
 from shards.recipe import Recipe
 
@@ -29,15 +29,15 @@ log = get_logger(__name__)
 
 
 class Weights:
-    """The engine of one model and what it holds. `apply` comes from any thread, `maintain` from the loader's only."""
+    """The reader of one model and what it holds. `apply` comes from any thread, `maintain` from the loader's only."""
 
-    def __init__(self, replica: Replica, get: Get, factory: EngineFactory, metrics: ServingMetrics) -> None:
+    def __init__(self, replica: Replica, get: Get, factory: ReaderFactory, metrics: ServingMetrics) -> None:
         """Nothing is loaded before the first `maintain`."""
         self._replica = replica
         self._get = get
         self._factory = factory
         self._metrics = metrics
-        self._engine: Engine | None = None
+        self._reader: Reader | None = None
         self._recipe: Recipe | None = None
         self._lock = threading.Lock()
         self._dying: list[weakref.ref[Any]] = []
@@ -57,6 +57,7 @@ class Weights:
         stays if the floor allows it; else nothing is answered, which also covers the floor (rule 6).
         """
         with self._lock:
+            self._replica.min_shards = target.min_shards
             pointer = self._replica.pointer
             fresh = None
             if target.body is not None and (pointer is None or target.version > pointer.version):
@@ -73,20 +74,20 @@ class Weights:
 
         `clean` must have been read after `target`, so it holds no stage that `target.floor` put out of service.
         """
-        engine = self._opened(target)
+        reader = self._opened(target)
         self.apply(target)
-        stale = engine.held() - {stage.digest for stage in clean}
+        stale = reader.held() - {stage.digest for stage in clean}
         if stale:
-            self._watch(engine.drop(stale))
+            self._watch(reader.drop(stale))
         gone = self._gone(target.floor)
-        loaded = self._load(engine, _wanted_first(target, clean), interrupted)
+        loaded = self._load(reader, _wanted_first(target, clean), interrupted)
         return self.apply(target) and loaded and gone
 
     def clear(self) -> bool:
         """Let go of everything; whether nothing is in memory any more. The replica must have retired."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            self._watch(engine.drop(engine.held()))
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            self._watch(reader.drop(reader.held()))
         return not self._alive()
 
     def retired(self, pointer: Pointer | None) -> None:
@@ -98,11 +99,11 @@ class Weights:
         with self._lock:
             self._dying.extend(references)
 
-    def _opened(self, target: Target) -> Engine:
-        if self._engine is None:
+    def _opened(self, target: Target) -> Reader:
+        if self._reader is None:
             self._recipe = Recipe.from_json(target.recipe)
-            self._engine = self._factory(self._recipe)
-        return self._engine
+            self._reader = self._factory(self._recipe)
+        return self._reader
 
     def _served(self, target: Target) -> bool:
         pointer = self._replica.pointer
@@ -112,18 +113,18 @@ class Weights:
         return False
 
     def _build(self, target: Target, pointer: Pointer | None) -> Pointer | None:
-        engine, recipe = self._engine, self._recipe
-        if engine is None or recipe is None or target.body is None or target.assembly is None:
+        reader, recipe = self._reader, self._recipe
+        if reader is None or recipe is None or target.body is None or target.assembly is None:
             return None
         if pointer is not None and pointer.assembly == target.assembly:
             predictor, live = pointer.predictor, pointer.live
         else:
             assembly = Assembly.from_json(target.body)
-            if missing := _digests(assembly) - engine.held():
+            if missing := _digests(assembly) - reader.held():
                 known = [self._unusable[digest] for digest in sorted(missing & self._unusable.keys())]
                 return self._cannot(target, known[0] if known else "its artefacts are still being loaded")
             try:
-                predictor = engine.build(assembly)
+                predictor = reader.build(assembly)
             except ShardsError as error:
                 log.warning(
                     "version_unusable",
@@ -133,7 +134,7 @@ class Weights:
                 )
                 return self._cannot(target, "the newest version's artefacts do not fit together")
             live = sum(member is not None for member in assembly.members)
-        return Pointer(target.version, target.assembly, predictor, recipe.classes, live, recipe.shards)
+        return Pointer(target.version, target.assembly, predictor, recipe, live, recipe.seats)
 
     def _cannot(self, target: Target, why: str) -> None:
         if not self._replica.problem:
@@ -142,16 +143,16 @@ class Weights:
             self._kept = target.version
             self._metrics.swaps.labels(self._replica.model, "kept_old").inc()
 
-    def _load(self, engine: Engine, stages: Iterable[StageObject], interrupted: Callable[[], bool]) -> bool:
+    def _load(self, reader: Reader, stages: Iterable[StageObject], interrupted: Callable[[], bool]) -> bool:
         """Load what is missing, until all is there or something newer is known."""
         complete = True
         for stage in stages:
-            if stage.digest in engine.held():
+            if stage.digest in reader.held():
                 continue
             if interrupted():
                 return False
             try:
-                engine.load(stage.digest, self._get(stage.object_name))
+                reader.load(stage.digest, self._get(stage.object_name))
                 self._unusable.pop(stage.digest, None)
             except (ArtifactDigestError, ArtifactMissingError, OSError) as error:
                 complete = False

@@ -52,6 +52,11 @@ class Wire:
         """Whether bytes wait in this process: the next send would wait too."""
         return self._flow is not None and self._flow.write_paused
 
+    @property
+    def gone(self) -> bool:
+        """Whether the connection is closed, or being closed."""
+        return self._transport is not None and self._transport.is_closing()
+
     async def drained(self) -> None:
         """Wait until the kernel has every byte, or the connection is gone; a client that does not read is cut off."""
         try:
