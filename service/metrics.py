@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from service.domain.replays import ReplayOutcome
 from service.domain.requests import State
 
 JOB_STATES = ("queued", "running", "done", "cancelled", "failed")
@@ -27,6 +28,19 @@ class ModelFigures(Protocol):
     def floor(self) -> int: ...  # noqa: D102
     @property
     def cleared(self) -> int: ...  # noqa: D102
+
+
+class LedgerGauges(Protocol):
+    """What is shown of the ledger."""
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+    @property
+    def signed(self) -> int: ...  # noqa: D102
+    @property
+    def waiting(self) -> int: ...  # noqa: D102
+    @property
+    def lag(self) -> float: ...  # noqa: D102
 
 
 class HttpMetrics:
@@ -58,6 +72,12 @@ class StateFigures(Protocol):
     def models(self) -> Iterable[ModelFigures]: ...  # noqa: D102
     @property
     def oldest_open_timestamp(self) -> float: ...  # noqa: D102
+    @property
+    def replays_by_outcome(self) -> dict[str, int]: ...  # noqa: D102
+    @property
+    def replayable_by_model(self) -> dict[str, float]: ...  # noqa: D102
+    @property
+    def ledger(self) -> LedgerGauges: ...  # noqa: D102
 
 
 class StateCollector(Collector):
@@ -97,3 +117,30 @@ class StateCollector(Collector):
             "When the oldest request that has not ended was received; 0 without one",
             value=figures.oldest_open_timestamp,
         )
+        yield from _replays(figures)
+        yield from _ledger(figures.ledger)
+
+
+def _replays(figures: StateFigures) -> Iterable[Metric]:
+    replays = CounterMetricFamily("expunge_replays", "Served stages trained again from nothing", labels=("outcome",))
+    for outcome in ReplayOutcome:
+        replays.add_metric((outcome.value,), figures.replays_by_outcome.get(outcome.value, 0))
+    yield replays
+    share = GaugeMetricFamily(
+        "expunge_replayable_share",
+        "Share of served stages that a training machine seen within a week can train again to the same bits",
+        labels=("model",),
+    )
+    for model, value in figures.replayable_by_model.items():
+        share.add_metric((model,), value)
+    yield share
+
+
+def _ledger(figures: LedgerGauges) -> Iterable[Metric]:
+    for name, meaning, value in (
+        ("leaves", "Events in the ledger", figures.size),
+        ("signed_leaves", "Events under a signed tree head", figures.signed),
+        ("waiting", "Events without a leaf", figures.waiting),
+        ("lag_seconds", "Age of the oldest event without a leaf", figures.lag),
+    ):
+        yield GaugeMetricFamily(f"expunge_ledger_{name}", meaning, value=value)

@@ -30,6 +30,8 @@ class Settings(BaseSettings):
     """The command line's API key."""
     device: str = "cpu"
     """torch device of training workers and model servers."""
+    commands: dict[str, list[str]] = Field(default_factory=dict)
+    """Training commands that recipes of engine `external` may name: name -> program and arguments (JSON)."""
     lease_ttl_ms: int = Field(default=2000, ge=200)
     """A replica's lease: the worst time to `deactivated` with a dead replica, and the longest outage of
     Postgres before every replica answers 503 (protocol.md, rule 9)."""
@@ -43,6 +45,15 @@ class Settings(BaseSettings):
     """How often the training of a stage may fail, at growing distances, before its job shows `failed`."""
     target_attempts: int = Field(default=8, ge=1)
     """How often a step of a deletion may fail, at growing distances, before its target shows `failed`."""
+    replay_daily_sample: int = Field(default=1, ge=0)
+    """How many served stages of each model are trained again from nothing each day and compared; 0: none."""
+    ledger_origin: str = Field(default="", pattern=r"^[^\s+]{0,200}$")
+    """The ledger's name in its tree heads, best a URL without its scheme; empty: made from the signing key. The first
+    tree head fixes it."""
+    ledger_high_water: Path | None = None
+    """The file that keeps the largest tree head, on another disk than database and bucket; else in `keys_dir`."""
+    ledger_opening_days: int = Field(default=1096, ge=30)
+    """How long events and what opens their leaves are kept; afterwards a leaf says a kind and a time."""
 
     @property
     def listen_url(self) -> str:

@@ -14,20 +14,27 @@ import pytest
 from conftest import Server
 
 import service.store
+from service.domain.replays import ReplayOutcome
 from service.domain.requests import Kind, Outcome, Regime, State
 from service.store.api_keys import Scope
 
 pytestmark = pytest.mark.integration
 
 FRAGMENTS = {
+    "datasets.COLUMNS": "a list of columns",
     "models.COLUMNS": "a list of columns",
+    "stages.HOLDS": "a condition",
     "stages.TAINTED_CELL": "a condition",
     "work.BACKOFF": "a condition",
     "erasure.UNHINDERED": "a condition",
+    "lifts.STANDING": "a condition",
+    "served.SERVED": "a recursive query",
 }
 NOT_EXPLAINED = {  # Postgres explains only queries and changes of rows
     "records.COPY": "COPY",
     "records.COPY_SUBJECTS": "COPY",
+    "ledger.COPY_LEAVES": "COPY",
+    "ledger.COPY_OPENINGS": "COPY",
     "leases.LISTEN_MODEL": "LISTEN",
     "api_keys.LOCK_TABLE": "LOCK",
     "migrate.GRANT_REVISION": "GRANT",
@@ -94,14 +101,21 @@ def test_what_is_not_explained_begins_with_its_verb(app: psycopg.Connection, nam
     statement = SQL[name]
     assert statement.lstrip().upper().startswith(NOT_EXPLAINED[name])
     if NOT_EXPLAINED[name] == "COPY":
-        table, columns = re.fullmatch(r"COPY (\w+) \((.*)\) FROM STDIN", statement).groups()  # type: ignore[union-attr]
+        form = r"COPY (\w+) \((.*?)\) FROM STDIN(?: \(FORMAT BINARY\))?"
+        table, columns = re.fullmatch(form, statement).groups()  # type: ignore[union-attr]
         app.execute(f"SELECT {columns} FROM {table}".encode())
     elif NOT_EXPLAINED[name] in {"LISTEN", "LOCK"}:
         app.execute(statement.encode())
 
 
 @pytest.mark.parametrize(
-    ("name", "enum"), [("deletion_kind", Kind), ("deletion_state", State), ("deletion_outcome", Outcome)]
+    ("name", "enum"),
+    [
+        ("deletion_kind", Kind),
+        ("deletion_state", State),
+        ("deletion_outcome", Outcome),
+        ("replay_outcome", ReplayOutcome),
+    ],
 )
 def test_enums_are_the_codes(app: psycopg.Connection, name: str, enum: type[StrEnum]) -> None:
     labels = "SELECT enumlabel FROM pg_enum WHERE enumtypid = %s::regtype ORDER BY enumsortorder"
@@ -140,7 +154,8 @@ def test_migrations_are_numbered_without_gaps(repository: Path) -> None:
         assert re.search(rf"^down_revision = {down}$", text, re.MULTILINE), path
 
 
-APPEND_ONLY = ("event_pending", "certificate", "assembly", "model_version", "cell_manifest")
+APPEND_ONLY = ("event_pending", "certificate", "assembly", "model_version", "cell_manifest", "absence", "ledger_leaf",
+               "ledger_node", "ledger_opening", "tree_head")  # fmt: skip
 KEPT = ("tombstone", "deletion_request", "request_target", "do_not_train", "lease", "artifact")
 
 

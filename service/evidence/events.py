@@ -8,12 +8,17 @@ class EventKind(StrEnum):
     """One kind per thing that can happen, `noun.verb` or `noun.state`."""
 
     REQUEST_RECEIVED = "request.received"
+    TARGET_DEFERRED = "target.deferred"
     TARGET_DEACTIVATING = "target.deactivating"
     TARGET_DEACTIVATED = "target.deactivated"
     TARGET_ERASING = "target.erasing"
     TARGET_COMPLETED = "target.completed"
     TARGET_FAILED = "target.failed"
     TARGET_RETRIED = "target.retried"
+    TARGET_LIFTED = "target.lifted"
+    TARGET_REVOKED = "target.revoked"
+    HOLD_PLACED = "hold.placed"
+    HOLD_RELEASED = "hold.released"
     VERSION_PUBLISHED = "version.published"
     VERSION_CLEARED = "version.cleared"
     REPLICA_REGISTERED = "replica.registered"
@@ -24,26 +29,45 @@ class EventKind(StrEnum):
     ARTIFACT_DESTROYED = "artifact.destroyed"
     ARTIFACT_LOST = "artifact.lost"
     ARTIFACT_REAPPEARED = "artifact.reappeared"
+    ARTIFACT_QUARANTINED = "artifact.quarantined"
     CELL_INGESTED = "cell.ingested"
     CELL_ERASED = "cell.erased"
+    MODEL_POLICY = "model.policy_changed"
+    MODEL_MIN_SHARDS = "model.min_shards_changed"
+    MODEL_REPRODUCIBLE = "model.reproducible"
+    REBUILD_SCHEDULED = "rebuild.scheduled"
     STAGE_QUEUED = "stage.queued"
     STAGE_TRAINED = "stage.trained"
     STAGE_CANCELLED = "stage.cancelled"
     STAGE_FAILED = "stage.failed"
     STAGE_REFUSED = "stage.refused"
     STAGE_MISMATCH = "stage.digest_mismatch"
+    STAGE_REPLAY_EQUAL = "stage.replay_equal"
+    STAGE_REPLAY_MISMATCH = "stage.replay_mismatch"
+    STAGE_REPLAY_OTHER_PLATFORM = "stage.replay_other_platform"
+    STAGE_REPLAY_SKIPPED = "stage.replay_skipped"
+    STAGE_REPLAY_FAILED = "stage.replay_failed"
+    STAGE_REPLAY_RELEASED = "stage.replay_released"
+    EXPORT_CREATED = "export.created"
+    EXPORT_WITHDRAWN = "export.withdrawn"
     CERTIFICATE_ISSUED = "certificate.issued"
     INGESTION_REFUSED = "ingestion.refused"
+    LEDGER_OPENINGS_ERASED = "ledger.openings_erased"
 
 
 FIELDS: dict[EventKind, frozenset[str]] = {
     EventKind.REQUEST_RECEIVED: frozenset({"kind", "subject_commitment", "actor", "models"}),
+    EventKind.TARGET_DEFERRED: frozenset({"until", "records", "stages"}),
     EventKind.TARGET_DEACTIVATING: frozenset({"version", "records", "stages"}),
     EventKind.TARGET_DEACTIVATED: frozenset({"version"}),
     EventKind.TARGET_ERASING: frozenset({"artifacts"}),
     EventKind.TARGET_COMPLETED: frozenset({"outcome"}),
     EventKind.TARGET_FAILED: frozenset({"error", "attempts"}),
     EventKind.TARGET_RETRIED: frozenset({"actor", "state"}),
+    EventKind.TARGET_LIFTED: frozenset({"actor", "reason_code", "records", "version"}),
+    EventKind.TARGET_REVOKED: frozenset({"actor", "reason_code", "records", "version"}),
+    EventKind.HOLD_PLACED: frozenset({"hold_id", "actor", "reason_code"}),
+    EventKind.HOLD_RELEASED: frozenset({"hold_id", "actor", "reason_code"}),
     EventKind.VERSION_PUBLISHED: frozenset({"version", "floor", "assembly", "cause", "canonical"}),
     EventKind.VERSION_CLEARED: frozenset({"floor", "acknowledged", "fenced"}),
     EventKind.REPLICA_REGISTERED: frozenset({"process_id", "covers"}),
@@ -54,16 +78,30 @@ FIELDS: dict[EventKind, frozenset[str]] = {
     EventKind.ARTIFACT_DESTROYED: frozenset({"object_name", "digest", "absent_at"}),
     EventKind.ARTIFACT_LOST: frozenset({"object_name", "digest"}),
     EventKind.ARTIFACT_REAPPEARED: frozenset({"object_name", "digest"}),
+    EventKind.ARTIFACT_QUARANTINED: frozenset({"object_name", "digest"}),
     EventKind.CELL_INGESTED: frozenset({"shard", "slice", "generation", "root", "rows"}),
     EventKind.CELL_ERASED: frozenset({"shard", "slice", "generation", "root", "rows", "records"}),
+    EventKind.MODEL_POLICY: frozenset({"actor", "policy"}),
+    EventKind.MODEL_MIN_SHARDS: frozenset({"actor", "min_shards"}),
+    EventKind.MODEL_REPRODUCIBLE: frozenset({"stage", "digests", "fingerprint"}),
+    EventKind.REBUILD_SCHEDULED: frozenset({"start", "stages", "work"}),
     EventKind.STAGE_QUEUED: frozenset({"stages"}),
     EventKind.STAGE_TRAINED: frozenset({"stage", "digest", "fingerprint"}),
     EventKind.STAGE_CANCELLED: frozenset({"stage"}),
     EventKind.STAGE_FAILED: frozenset({"stage", "error", "attempts"}),
     EventKind.STAGE_REFUSED: frozenset({"stage", "reason"}),
     EventKind.STAGE_MISMATCH: frozenset({"stage", "digests", "fingerprint"}),
+    EventKind.STAGE_REPLAY_EQUAL: frozenset({"stage", "digest", "fingerprint"}),
+    EventKind.STAGE_REPLAY_MISMATCH: frozenset({"stage", "digest", "replayed", "fingerprint", "artifacts"}),
+    EventKind.STAGE_REPLAY_OTHER_PLATFORM: frozenset({"stage", "digest", "fingerprint", "platform", "differs"}),
+    EventKind.STAGE_REPLAY_SKIPPED: frozenset({"stage", "digest", "reason"}),
+    EventKind.STAGE_REPLAY_FAILED: frozenset({"stage", "digest", "error"}),
+    EventKind.STAGE_REPLAY_RELEASED: frozenset({"stage", "replay", "actor"}),
+    EventKind.EXPORT_CREATED: frozenset({"export_id", "version", "assembly", "digest", "actor"}),
+    EventKind.EXPORT_WITHDRAWN: frozenset({"export_id", "actor"}),
     EventKind.CERTIFICATE_ISSUED: frozenset({"digest"}),
     EventKind.INGESTION_REFUSED: frozenset({"lines", "reason"}),
+    EventKind.LEDGER_OPENINGS_ERASED: frozenset({"openings", "days"}),
 }
 
 

@@ -1,0 +1,56 @@
+"""A witness: a second party that cosigns tree heads (C2SP tlog-cosignature), each a continuation of the last one.
+
+An operator who rewrites the ledger needs a tree head that this witness will not cosign, or one that contradicts what it
+has. It sees hashes, and no leaf. Run it elsewhere and under another's control, or it witnesses nothing.
+"""
+
+import os
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from service.evidence.ledger_check import Fetch, Files, LedgerError
+from service.evidence.merkle import verify_consistency
+from service.evidence.note import cosign, parse
+from service.evidence.tiles import CHECKPOINT
+from service.evidence.tree_head import ForkError, TreeHead, TreeHeadError, open_head
+
+
+def witness(fetch: Fetch, key: Ed25519PublicKey, name: str, mine: Ed25519PrivateKey, state: Path, *, now: int) -> str:
+    """The log's checkpoint with our cosignature; what we saw is kept in `state` before anybody gets it.
+
+    Raises:
+        ForkError: it contradicts what we cosigned last; the message names both.
+        LedgerError: it is smaller.
+        TreeHeadError: it is not signed by `key`, or its tiles are not its own.
+    """
+    found = fetch(CHECKPOINT)
+    if found is None:
+        raise TreeHeadError("there is no checkpoint: give the directory or URL that holds it")
+    head = open_head(found.decode(errors="replace"), key)
+    if state.exists():
+        require_continuation(fetch, open_head(state.read_text(encoding="utf-8"), key, origin=head.origin), head)
+    cosigned = str(cosign(parse(found.decode()), name, mine, now))
+    aside = state.with_name(f".{state.name}.new")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(cosigned)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(state)
+    return cosigned
+
+
+def require_continuation(fetch: Fetch, before: TreeHead, head: TreeHead) -> None:
+    """Do nothing where the tree of `head` begins with that of `before`, by a consistency proof from its tiles."""
+    if before.size > head.size:
+        raise LedgerError(head.size, f"the log was cut: {before} was cosigned, and here is only {head}")
+    tree = Files(fetch, head.size).tree()
+    try:
+        root = tree.root()
+        proof = tree.consistency(before.size)
+    except ValueError as error:
+        raise TreeHeadError(f"no proof can be made from the tiles: {error}") from None
+    if root != head.root:
+        raise TreeHeadError(f"the tiles are not those of {head}")
+    if not verify_consistency(before.size, head.size, proof, before.root, head.root):
+        raise ForkError(before, head)
