@@ -94,6 +94,6 @@ def test_a_label_that_is_refused_is_not_told(
     monkeypatch.setattr("world.tiny_record", lambda name: tiny_record(name, label="canary of a person"))
     world = installation()
     attempt_twice(world)
-    check_nothing_published(world, "RecipeError: classes: a record's label is not among ['no', 'yes']; correct")
+    check_nothing_published(world, "RecipeError: classes: a record's label is not among them; correct")
     assert "canary" not in str(world.rows("SELECT error FROM stage_job"))
     assert "canary" not in str(world.rows("SELECT body FROM event_pending"))

@@ -191,7 +191,7 @@ def test_progress_counts_every_step(engine: S3T) -> None:
 
 def test_an_undeclared_label_is_refused(engine: S3T) -> None:
     """In words that do not quote it: it is payload."""
-    with pytest.raises(RecipeError, match=r"label is not among \['no', 'yes'\]") as caught:
+    with pytest.raises(RecipeError, match="label is not among them") as caught:
         engine.train(stages_of(engine, CELLS)[0], [tiny_record("q", label="maybe")], [])
     assert "maybe" not in str(caught.value)
 

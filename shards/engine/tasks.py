@@ -30,8 +30,8 @@ def targets(recipe: Recipe, records: Sequence[Record]) -> dict[UUID, Target]:
     index = {label: place for place, label in enumerate(recipe.classes)}
     if not {record.label for record in records} <= set(index):  # which one is payload
         raise RecipeError(
-            f"classes: a record's label is not among {list(index)}; correct or delete the record, or declare its class "
-            "in a new recipe"
+            "classes: a record's label is not among them; correct or delete the record, or declare its class in a new "
+            "recipe"
         )
     return {record.record_id: index[record.label] for record in records}
 
