@@ -51,7 +51,7 @@ def test_the_whole_path_under_traffic(expunge: Installation, tmp_path: Path) -> 
     assert (seen.failed, seen.stale) == (0, 0), seen
     assert set(seen.versions) >= {first["version"], target["version"]}
     code, checks = expunge.certificate(request_id, "path", tmp_path)
-    assert code == 0, checks
+    assert code == 0, [check for check in checks["checks"] if not check["passed"]]
     grid = expunge.get("/v1/models/path/shards")
     assert [shard["depth"] for shard in grid["shards"]] == [2, 2]
     assert preview["depth_before"] == [2, 2]
@@ -93,7 +93,7 @@ def test_every_engine_from_training_to_certificate(
     (newest, *_) = expunge.get(f"/v1/models/{name}/versions")["versions"]
     assert newest["canonical"]
     code, checks = expunge.certificate(request_id, name, tmp_path)
-    assert code == 0, checks
+    assert code == 0, [check for check in checks["checks"] if not check["passed"]]
 
 
 def test_an_unknown_subject_completes_and_says_nothing(expunge: Installation) -> None:
@@ -111,7 +111,7 @@ def test_a_deletion_that_arrives_while_its_records_are_trained_on(expunge: Insta
     model = expunge.await_built("busy", within=180)
     expunge.await_serving("busy", model["version"])
     code, checks = expunge.certificate(request_id, "busy", tmp_path)
-    assert code == 0, checks
+    assert code == 0, [check for check in checks["checks"] if not check["passed"]]
     assert [shard["depth"] for shard in expunge.get("/v1/models/busy/shards")["shards"]] == [2, 2]
 
 
@@ -125,7 +125,7 @@ def test_a_program_killed_in_the_middle_loses_nothing(expunge: Installation, tmp
     expunge.await_state(request_id, {"completed"}, within=90)
     model = expunge.await_built(name, more_than=1, within=120)
     code, checks = expunge.certificate(request_id, name, tmp_path)
-    assert code == 0, checks
+    assert code == 0, [check for check in checks["checks"] if not check["passed"]]
     expunge.await_serving(name, model["version"])
 
 

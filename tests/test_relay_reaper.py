@@ -212,7 +212,8 @@ def test_a_full_disk_leaves_nothing_half_written(world: Copy, full_disk: Callabl
     assert job_states(world, job.stage_key) == {("queued", "OSError")}, "attempts keep their distance"
     world.rest()
     train_queued(world.context)
-    assert job_states(world, job.stage_key, *below(world, job.stage_key)) == {("done", "OSError"), ("done", None)}
+    assert job_states(world, job.stage_key) == {("done", "OSError")}
+    assert job_states(world, *below(world, job.stage_key)) <= {("done", None)}  # it may be a leaf
     steps.publish_model(world.context, world.model_id)
 
     request_id = world.ask("new")

@@ -77,9 +77,9 @@ def _body(
     labels = np.array([recipe.classes.index(record.label) for record in records], np.int64)
     if recipe.rule == "sums":
         features = _prepared(reader, recipe, records)
-        return fits.encode(fits.Questions(root, Grid.of(recipe), features, labels))
+        return fits.encode(fits.Questions(root, Grid.of(recipe), features, labels), stage.key)
     logits = _answer(reader, recipe, stage, chain, records)
-    return evaluations.encode(evaluations.Evaluation(root, logits, labels))
+    return evaluations.encode(evaluations.Evaluation(root, logits, labels), stage.key)
 
 
 def _answer(reader: Reader, recipe: Recipe, stage: Stage, chain: list[bytes], records: tuple[Record, ...]) -> Logits:

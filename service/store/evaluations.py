@@ -78,10 +78,10 @@ def evaluation_root(connection: Connection, dataset_id: UUID) -> str:
     return digest_of({"cells": [[cell.shard, cell.slice, cell.root] for cell in grid]})
 
 
-def encode(evaluation: Evaluation) -> bytes:
-    """Safetensors bytes."""
+def encode(evaluation: Evaluation, stage_key: str) -> bytes:
+    """Safetensors bytes. The stage's key makes them its own: what is destroyed with a stage must be nowhere else."""
     tensors = {"labels": evaluation.labels, "logits": evaluation.logits}
-    return safetensors.numpy.save(tensors, {"expunge": json.dumps({"root": evaluation.root})})
+    return safetensors.numpy.save(tensors, {"expunge": json.dumps({"stage": stage_key, "root": evaluation.root})})
 
 
 def decode(data: bytes) -> Evaluation:

@@ -46,11 +46,11 @@ class Fit:
     """(digest, object name) of each cell's sums; no name where they are not at hand."""
 
 
-def encode(questions: Questions) -> bytes:
-    """Safetensors bytes."""
+def encode(questions: Questions, stage_key: str) -> bytes:
+    """Safetensors bytes. The stage's key makes them its own: what is destroyed with a stage must be nowhere else."""
     kind = np.int16 if questions.grid.limit < 2**15 else np.int32
     tensors = {"features": questions.features.astype(kind), "labels": questions.labels}
-    body = {"root": questions.root, "grid": questions.grid.to_json()}
+    body = {"stage": stage_key, "root": questions.root, "grid": questions.grid.to_json()}
     return safetensors.numpy.save(tensors, {"expunge": json.dumps(body)})
 
 
