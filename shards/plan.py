@@ -82,9 +82,10 @@ def missing(recipe: Recipe, roots: Roots, have: AbstractSet[str]) -> tuple[Stage
 def canonical(assembly: Assembly, recipe: Recipe, roots: Roots) -> bool:
     """Whether the assembly is the one that training everything from nothing on today's manifests would serve."""
     first = recipe.slice_orders if recipe.engine == "ridge" else recipe.slice_orders[:1]
-    wanted = {
-        recipe.seat(shard, order): chain(recipe.digest, shard, order, roots[shard])[-1].key
-        for shard in roots
-        for order in first
-    }
-    return all(member is not None and member.stage == wanted[seat] for seat, member in enumerate(assembly.members))
+    wanted = {recipe.seat(shard, order): (shard, order) for shard in roots for order in first}
+    if any(m is None or m.prefix != wanted[seat][1] for seat, m in enumerate(assembly.members)):
+        return False  # without a digest: a deactivation mostly ends here, and is waited for
+    return all(
+        member is not None and member.stage == chain(recipe.digest, shard, order, roots[shard])[-1].key
+        for member, (shard, order) in zip(assembly.members, (wanted[seat] for seat in sorted(wanted)), strict=True)
+    )
