@@ -286,6 +286,9 @@ def test_the_previewed_accuracy_is_the_one_then_served(measured: World) -> None:
     seen = Counter[float]()
     for subject in ("s1", "s2", "s3", "s4"):
         found = foreseen(measured, subject)
+        if not any(found.depth_after):  # the four lie in the four cells: the last one leaves nothing
+            assert found.accuracy_note == "no shard would answer"
+            break
         assert found.accuracy_note is None
         assert found.accuracy_before == accuracy_served(measured)
         delete(measured, subject)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import psycopg
 import pytest
 from test_replays import claimed, drawn, figures, leaf_of, loop_of, outcome, world
 from test_workers_path import served
@@ -87,13 +88,15 @@ def test_a_process_leaves_with_its_worker(world: Copy, monkeypatch: pytest.Monke
     """The real process, told to leave by the end of its standard input."""
     (replay_id,) = drawn(world)
     claim = claimed(world, replay_id)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "workers.replay_one", str(claim.replay_id), str(claim.token)],
-        env=loop._environment(world.context.settings),
-        stdin=subprocess.PIPE,
-    )
     monkeypatch.setattr(loop, "LEAVE_SECONDS", 60)
-    loop._end(process)
+    with psycopg.connect(world.owner_url) as connection:
+        connection.execute("LOCK TABLE replay IN ACCESS EXCLUSIVE MODE")  # it must not end before it is told to
+        process = subprocess.Popen(
+            [sys.executable, "-m", "workers.replay_one", str(claim.replay_id), str(claim.token)],
+            env=loop._environment(world.context.settings),
+            stdin=subprocess.PIPE,
+        )
+        loop._end(process)
     assert process.returncode == ENDED
     assert outcome(world, replay_id) == (None, None)
 
