@@ -157,4 +157,4 @@ def threads(*work: Any) -> Iterator[None]:
     finally:
         for thread in running:
             thread.join(timeout=60)
-    assert failed == []
+    assert not failed, [repr(error) for error in failed]

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,15 @@ def directory_check(case: Case, directory: Path, on_bytes: Callable[[int, int], 
 
 def _hashed(directory: Path, on_bytes: Callable[[int, int], None]) -> dict[str, str]:
     try:
-        sizes = {path: path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()}
+        sizes: dict[Path, int] = {}
+        for path in sorted(directory.rglob("*")):
+            with suppress(FileNotFoundError):
+                if path.is_file():
+                    sizes[path] = path.stat().st_size
         done, total, found = 0, sum(sizes.values()), dict[str, str]()
         for path, size in sizes.items():
-            with path.open("rb") as file:
+            # A store in use loses files while it is read, such as tiles that longer ones replace: gone is gone.
+            with suppress(FileNotFoundError), path.open("rb") as file:
                 found[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
             done += size
             on_bytes(done, total)
