@@ -159,7 +159,8 @@ class Sequencer:
                     self._vetted = ""
                     if seen is None:
                         return None
-                    _require_agreement(connection, ledger.get_head(connection), seen)
+                    last = ledger.find_tree_head(connection)  # first: another may number and sign between the two
+                    _require_agreement(connection, ledger.get_head(connection), last, seen)
                     self._vetted = database
                 return ledger.sequence(connection)
 
@@ -170,12 +171,12 @@ class Sequencer:
 
     def _sign(self, connection: Connection, seen: Seen) -> tuple[TreeHead, str] | None:
         """The head over all leaves and its checkpoint; what was signed before is found again, never signed anew."""
+        last = ledger.find_tree_head(connection)  # first: another may number and sign between the two
         current = ledger.get_head(connection)
-        last = ledger.find_tree_head(connection)
         known = {(head.size, head.root) for head in seen.heads}
         if last is not None and last.size == current.size and known == {(last.size, last.root)}:
             return read_head(last.note), last.note
-        tree = _require_agreement(connection, current, seen)
+        tree = _require_agreement(connection, current, last, seen)
         if current.size == 0:
             return None
         root = tree.root()
@@ -202,12 +203,13 @@ class Sequencer:
             log.critical("ledger.refused", step=what, error=str(error))
 
 
-def _require_agreement(connection: Connection, current: ledger.Head, seen: Seen) -> Tree:
+def _require_agreement(
+    connection: Connection, current: ledger.Head, last: ledger.SignedHead | None, seen: Seen
+) -> Tree:
     """The tree of all leaves, once it continues every head that was seen anywhere (rule 16)."""
     tree = ledger.tree(connection, current.size)
     if current.size and tree.root() != current.range.root:
         raise TreeHeadError("the ledger's head is not the root of its leaves: a table was changed by hand")
-    last = ledger.find_tree_head(connection)
     for head in (*([read_head(last.note)] if last else []), *seen.heads):
         if head.size > current.size:
             raise BehindError(
