@@ -7,6 +7,7 @@ served. Nothing that it computes is written anywhere; features and weights go wi
 import _thread
 import argparse
 import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -184,6 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("token", type=int, help="token of the claim")
     options = parser.parse_args(arguments)
     configure_logs("replay")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker in the background ignores it, and so would we
     try:
         _end_with_parent()
         replay_one(context(), options.replay, options.token)
