@@ -15,7 +15,7 @@ from tiny import WORDS, tiny_recipe
 
 from service.cli.demo.stack import Stack, run_json, running
 from service.cli.demo.traffic import Traffic
-from shards.recipe import Backbone
+from shards.recipe import Backbone, Recipe
 
 DONE = {"deactivated", "erasing", "completed"}
 
@@ -70,9 +70,13 @@ class Installation:
         assert answer.status_code == 201, answer.text
         return answer.json()
 
+    def recipe(self, **changes: Any) -> Recipe:
+        """The tiny recipe with other fields."""
+        return tiny_recipe(self.backbone, **changes)
+
     def make(self, name: str, *, subjects: int, evaluation: bool = False, **recipe: Any) -> None:
         """A dataset of its own with a model that is not trained yet."""
-        chosen = tiny_recipe(self.backbone, **({"seed": int.from_bytes(name.encode()[-6:])} | recipe))
+        chosen = self.recipe(**({"seed": int.from_bytes(name.encode()[-6:])} | recipe))
         grid = {"shards": chosen.shards, "slices": chosen.slices, "classes": list(chosen.classes), "task": chosen.task}
         labels = ("-1.5", "2.25") if chosen.task == "regression" else ("no", "yes")
         self.post("/v1/datasets", {"name": f"{name}-data", **grid})

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -15,7 +14,6 @@ from installation import DONE, Installation, installation, text_of
 from tiny import tiny_backbone
 
 from service.cli.demo.stack import run_json
-from shards.recipe import Ridge
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.xdist_group("acceptance")]
 
@@ -60,40 +58,6 @@ def test_the_whole_path_under_traffic(expunge: Installation, tmp_path: Path) -> 
         ["replay", "--state", str(expunge.stack.state), "--model", "path", "--stage", stage, "--json"]
     )
     assert (code, replayed.get("equal")) == (0, True), said
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("sisa", {"engine": "sisa", "orders": 1, "learning_rate": 1e-3}),
-        ("ridge", {"engine": "ridge", "orders": 1, "ridge": Ridge(layers=2)}),
-        ("merged", {"aggregation": "merged"}),
-        ("score", {"task": "regression", "classes": ()}),
-        ("ridgescore", {"engine": "ridge", "orders": 1, "ridge": Ridge(layers=2), "task": "regression", "classes": ()}),
-    ],
-)
-def test_every_engine_from_training_to_certificate(
-    expunge: Installation, tmp_path: Path, name: str, changes: dict[str, Any]
-) -> None:
-    expunge.make(name, subjects=16, evaluation=True, **changes)
-    first = expunge.train(name)
-    expunge.await_serving(name, first["version"])
-    before = expunge.predict(0, name, "w1 w2").json()["outputs"]
-    request_id = expunge.ask(f"{name}2", [name])
-    target = expunge.await_state(request_id, DONE)["targets"][0]
-    answer = expunge.predict(1, name, "w1 w2")
-    assert answer.status_code in {200, 503}, answer.text
-    assert int(answer.headers.get("X-Expunge-Version", target["version"])) >= target["version"]
-    expunge.await_state(request_id, {"completed"})
-    rebuilt = expunge.await_built(name, more_than=target["version"])
-    expunge.await_serving(name, rebuilt["version"])
-    after = expunge.predict(1, name, "w1 w2").json()["outputs"]
-    assert after[0].keys() == before[0].keys()
-    assert after != before
-    (newest, *_) = expunge.get(f"/v1/models/{name}/versions")["versions"]
-    assert newest["canonical"]
-    code, checks = expunge.certificate(request_id, name, tmp_path)
-    assert code == 0, [check for check in checks["checks"] if not check["passed"]]
 
 
 def test_an_unknown_subject_completes_and_says_nothing(expunge: Installation) -> None:
