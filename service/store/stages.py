@@ -41,14 +41,13 @@ ORDER BY cardinality(s.prefix), s.stage_key, a.digest
 """
 LIST_TOUCHED: LiteralString = (
     """
-SELECT DISTINCT c.shard, c.slice, m.root
-FROM stage s
-JOIN stage_cell sc ON sc.stage_key = s.stage_key
+SELECT c.shard, c.slice, m.root
+FROM (  -- each manifest once: many stages read the same
+    SELECT DISTINCT r.cell_id, r.generation FROM stage_cell r WHERE r.stage_key = ANY(%(stage_keys)s::text[])) sc
 JOIN cell c ON c.cell_id = sc.cell_id
 JOIN cell_manifest m ON m.cell_id = sc.cell_id AND m.generation = sc.generation
-WHERE s.stage_key = ANY(%(stage_keys)s::text[]) AND ("""
+WHERE """
     + TAINTED_CELL
-    + ")"
 )
 LIST_TOUCHED_BY: LiteralString = (
     """
