@@ -15,8 +15,8 @@ import numpy as np
 from shards.chains import Cost, Grid, Holding, everything
 from shards.work import Prefix
 
-MOST_PREFIXES = 16
-"""So many prefixes of one depth are weighed exactly; the sum has up to 2 to that power terms."""
+MOST_SETS = 16
+"""So many sets of slices are weighed exactly; the sum has up to 2 to that power terms."""
 _EARLY, _LATE, _STEP = 1e-10, 60.0, 0.02
 """Where the integrals begin and end, in mean times to a hit, and their step in the logarithm of time."""
 
@@ -24,16 +24,15 @@ _EARLY, _LATE, _STEP = 1e-10, 60.0, 0.02
 def until_all_hit(prefixes: Iterable[Prefix], rates: Sequence[float]) -> float:
     """Expected deletions until each prefix has a hit slice: inclusion and exclusion, exact.
 
-    Of more than 16 prefixes the first 16 are taken, which is a lower bound. 0 without prefixes, infinite where one is
-    never hit.
+    Of more than 16 sets of slices the first 16 are taken, which is a lower bound. 0 without prefixes, infinite where
+    one is never hit.
 
     Args:
         prefixes: of one shard.
         rates: by slice, the share of the model's deletions that hit the slice in this shard.
     """
     terms: dict[int, int] = {}
-    for prefix in sorted(set(prefixes))[:MOST_PREFIXES]:
-        own = sum(1 << index for index in prefix)
+    for own in sorted({sum(1 << index for index in prefix) for prefix in prefixes})[:MOST_SETS]:
         fresh = {own: 1}
         for union, count in terms.items():
             fresh[union | own] = fresh.get(union | own, 0) - count
@@ -109,14 +108,6 @@ def expected_loss(
         cost(prefix) * sum(weights[shard, i] for i in prefix) for prefix in nodes for shard, cost in costs.items()
     )
     return lost / total if total else 0.0
-
-
-def sisa_deletion(records: float, slices: int, epochs: float, layers: int) -> float:
-    """Expected work of one uniformly random deletion in a shard under SISA with full fine-tuning.
-
-    e' * D * (2/3 + 1/(3R)) records pass (facts/exact-unlearning.md, section 2), each through every layer thrice.
-    """
-    return 3 * layers * epochs * records * (2 / 3 + 1 / (3 * slices))
 
 
 @dataclass(frozen=True, slots=True)

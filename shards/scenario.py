@@ -1,5 +1,6 @@
 """What is simulated: a model, its users' deletions, and the strategies that are compared on them."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -15,6 +16,8 @@ from shards.work import Prefix, stage_features, stage_work
 
 MONTH = 30
 """Days between scheduled full retrains."""
+MOST_AT_ONCE = 2e7
+"""Deletions of one step, over all histories; they take 16 bytes each."""
 Engine = Literal["s3t", "sisa"]
 Way = Literal["policy", "monthly", "never"]
 """What begins a rebuild: the policy, the calendar (all orders from nothing, whatever is left), or nothing."""
@@ -47,7 +50,7 @@ class Scenario:
     """Days from a deletion to its due date."""
     plans_per_day: int = 1
     """How often a day the planner runs; deletions between two runs are rebuilt together."""
-    histories: int = 1000
+    histories: int = 2000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,7 +67,20 @@ class Scenario:
             raise RecipeError(
                 f"slices: {self.slices} need as many blocks of layers, and there are {self.layers} layers"
             )
+        if self.seed < 0:
+            raise RecipeError(f"seed must be at least 0, not {self.seed}")
+        at_once = min(self.per_day, self.users) / self.plans_per_day
+        if self.histories * at_once > MOST_AT_ONCE:
+            raise RecipeError(
+                f"histories: {self.histories} with {at_once:,.0f} deletions between two plans take too much memory:"
+                " lower histories or per_day, or raise plans_per_day"
+            )
         _ = self.recipe("s3t")
+
+    @property
+    def deletions(self) -> float:
+        """Expected deletions over all days: nobody deletes twice."""
+        return self.users * -math.expm1(-self.per_day * self.days / self.users)
 
     def recipe(self, engine: Engine) -> Recipe:
         """The recipe that this grid would have."""
@@ -145,6 +161,6 @@ class Curve:
     """Standard error of the last."""
     lag: float | None
     """Mean days from the first deletion that a rebuild takes in to the rebuild's end; None without rebuilds. With
-    `rebuild_first` the deletion takes effect no sooner."""
+    `rebuild_first` the deletion takes effect no sooner, unless it is due."""
     missed: float
-    """Due dates that passed before the rebuild was done, per history."""
+    """Rebuilds that ended after the due date of a deletion which they took in, per history."""

@@ -41,6 +41,8 @@ class _Run:
         self.ends: Amounts = np.full(scenario.histories, np.inf)
         self.waiting: Amounts = np.full(scenario.histories, np.inf)
         """When the first deletion came that no training took in."""
+        self.taken_in: Amounts = np.full(scenario.histories, np.inf)
+        """When the first came that the training under way took in."""
         self.work: Amounts = np.zeros(scenario.histories)
         self.missed: Amounts = np.zeros(scenario.histories)
         self.lags: list[float] = []
@@ -56,7 +58,7 @@ class _Run:
                 start = day + step / steps
                 self._delete(start, next(deletions))
                 if step == steps - 1:
-                    served = self._served()
+                    served = self._served(start + 1 / steps)
                     depth.append(float(served.mean()))
                     least.append(float(served.min(axis=1).mean()))
                 self._plan(start + 1 / steps)
@@ -72,29 +74,31 @@ class _Run:
             missed=float(self.missed.mean()),
         )
 
-    def _served(self) -> Amounts:
+    def _served(self, now: float) -> Amounts:
+        served = self.shard.depth(self.live) / self.scenario.slices
         if self.strategy.policy.kind == "rebuild_first":  # what was trained first serves until its successor is there
-            return np.ones(self.live.shape)
-        return self.shard.depth(self.live) / self.scenario.slices
+            served[np.minimum(self.taken_in, self.waiting) + self.scenario.due_days > now] = 1.0
+        return served
 
     def _delete(self, start: float, hits: "_Hits") -> None:
         histories = np.arange(len(self.live))
         for order in range(hits.most):
-            now = start + (order + 0.5) / np.maximum(hits.counts, 1) / self.scenario.plans_per_day
+            part = np.minimum((order + 0.5) / np.maximum(hits.counts, 1), 1.0)  # no later than the next step begins
+            now = start + part / self.scenario.plans_per_day
             self._finish(now)
             there = histories[order < hits.counts]
             shards, slices = hits.shards[there, order], hits.slices[there, order]
             for states in (self.live, self.coming):
                 states[there, shards] = self.shard.hit(states[there, shards], slices)
             self.waiting[there] = np.minimum(self.waiting[there], now[there])
+        self._finish(np.full(len(self.live), start + 1 / self.scenario.plans_per_day))
 
     def _finish(self, now: Amounts) -> None:
         done = self.ends <= now
         self.live[done] = self.coming[done]
-        self.ends[done] = np.inf
+        self.ends[done] = self.taken_in[done] = np.inf
 
     def _plan(self, now: float) -> None:
-        self._finish(np.full(len(self.live), now))
         chosen = np.isinf(self.ends) & self._wants(now)
         if not chosen.any():
             return
@@ -105,7 +109,8 @@ class _Run:
         self.coming[chosen] = coming
         self.work[chosen] += share
         self.ends[chosen] = now + share * self.scenario.full_days
-        lag = self.ends[chosen] - self.waiting[chosen]
+        self.taken_in[chosen] = self.waiting[chosen]
+        lag = np.where(share > 0, self.ends[chosen] - self.waiting[chosen], -np.inf)  # else nothing had to be trained
         self.lags += lag[np.isfinite(lag)].tolist()
         self.missed[chosen] += lag > self.scenario.due_days
         self.waiting[chosen] = np.inf

@@ -19,6 +19,14 @@ def recipe(shards: int, slices: int, orders: int = 1, engine: str = "s3t", **mor
     return Recipe.from_json({**body, "shards": shards, "slices": slices, "orders": orders, "engine": engine, **more})
 
 
+def sisa_deletion(records: float, slices: int, epochs: float, layers: int) -> float:
+    """Expected work of one uniformly random deletion in a shard under SISA with full fine-tuning.
+
+    e' * D * (2/3 + 1/(3R)) records pass (facts/exact-unlearning.md, section 2), each through every layer thrice.
+    """
+    return 3 * layers * epochs * records * (2 / 3 + 1 / (3 * slices))
+
+
 @dataclass
 class World:
     """A model as values: training gives a stage its name."""

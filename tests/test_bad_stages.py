@@ -10,6 +10,8 @@ from conftest import Database
 from tiny import tiny_backbone, tiny_record
 from world import World, make_world
 
+from shards.engine.s3t import S3T
+from shards.errors import ModuleError
 from shards.recipe import Backbone
 from workers import steps
 from workers.training import train_queued
@@ -96,4 +98,18 @@ def test_a_label_that_is_refused_is_not_told(
     attempt_twice(world)
     check_nothing_published(world, "RecipeError: classes: a record's label is not among them; correct")
     assert "canary" not in str(world.rows("SELECT error FROM stage_job"))
+    assert "canary" not in str(world.rows("SELECT body FROM event_pending"))
+
+
+def test_what_others_code_says_of_records_is_not_told(
+    installation: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: Any) -> bytes:
+        raise ModuleError("a module's own words: canary of a person") from ValueError()
+
+    monkeypatch.setattr(S3T, "train", train)
+    world = installation()
+    attempt_twice(world)
+    check_nothing_published(world, "ModuleError")
+    assert world.rows("SELECT DISTINCT error FROM stage_job WHERE attempts > 0") == [("ModuleError",)]
     assert "canary" not in str(world.rows("SELECT body FROM event_pending"))

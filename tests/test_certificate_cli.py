@@ -1,4 +1,6 @@
+import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +141,44 @@ def test_a_file_that_cannot_be_read_fails(files: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("service.evidence.destruction.hashlib.file_digest", forbidden)
     assert "Permission denied" in directory_check(files).detail
+
+
+def test_a_directory_that_cannot_be_listed_fails(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def forbidden(path: Any) -> Any:
+        if Path(path).name == "cells":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    (files / "store" / "cells").mkdir(exist_ok=True)
+    monkeypatch.setattr("os.scandir", forbidden)
+    assert "Permission denied" in directory_check(files).detail
+
+
+def test_a_store_in_use_may_lose_files_but_gains_no_destroyed_one_unseen(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer that was paused finishes its upload while the store is read: the listed name goes, another comes."""
+    name = sample().tainted_objects[0].object_name
+    upload = files / "store" / "stages" / ".0.part"
+    upload.parent.mkdir(exist_ok=True)
+    upload.write_bytes(b"weights")
+    real = hashlib.file_digest
+    (files / "store" / name).parent.mkdir(parents=True, exist_ok=True)
+
+    def finishing(file: Any, kind: str) -> Any:
+        if upload.exists():
+            upload.rename(files / "store" / name)
+        return real(file, kind)
+
+    monkeypatch.setattr("service.evidence.destruction.hashlib.file_digest", finishing)
+    assert "is still there" in directory_check(files).detail
+    (files / "store" / name).rename(upload)
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, mode: (upload.unlink(missing_ok=True), opened(path, mode))[1])
+    assert directory_check(files).passed
+    assert not upload.exists()
 
 
 def test_a_restriction_leaves_the_store_alone(files: Path) -> None:

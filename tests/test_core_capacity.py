@@ -1,14 +1,14 @@
 """Closed forms of capacity against published values, algebra and simulation (facts/exact-unlearning.md, 5)."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planned import World, recipe
+from planned import World, recipe, sisa_deletion
 
 from shards import capacity
 from shards.capacity import Outlook
@@ -86,6 +86,12 @@ def test_depth_lasts_as_long_as_an_exhaustive_race_says(rates: list[float], pref
         return 1 / total + sum(rates[index] / total * rest(hit | {index}) for index in left)
 
     assert capacity.until_all_hit(prefixes, rates) == pytest.approx(rest(frozenset()))
+
+
+def test_prefixes_of_the_same_slices_count_once() -> None:
+    """All 60 prefixes of three of five slices: the last is hit when the third slice is."""
+    prefixes = list(permutations(range(5), 3))
+    assert capacity.until_all_hit(prefixes, [0.2] * 5) == pytest.approx(5 / 5 + 5 / 4 + 5 / 3)
 
 
 @given(st.lists(st.lists(st.floats(0.05, 1), max_size=3), min_size=1, max_size=3))
@@ -169,7 +175,7 @@ def test_sisas_expected_work_is_its_mean_over_the_hit_slice(slices: int) -> None
     rows = dict.fromkeys(range(slices), 10)
     stages = [stage_work(sisa, tuple(range(depth)), rows, 12) for depth in range(1, slices + 1)]
     mean = sum(sum(stages[hit:]) for hit in range(slices)) / slices
-    assert capacity.sisa_deletion(10 * slices, slices, 5, 12) == pytest.approx(mean)
+    assert sisa_deletion(10 * slices, slices, 5, 12) == pytest.approx(mean)
     weights = {(0, index): 1.0 for index in range(slices)}
     lost = capacity.expected_loss(Grid.of(sisa).nodes, {0: StageCost(sisa, rows, 12)}, weights)
     assert lost == pytest.approx(mean)

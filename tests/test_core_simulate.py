@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planned import POLICIES, World, recipe
+from planned import POLICIES, World, recipe, sisa_deletion
 
-from shards import capacity
 from shards.automaton import Automaton
 from shards.chains import Grid
 from shards.errors import RecipeError
 from shards.rebuild import Policy
 from shards.scenario import Curve, Scenario, Strategy, strategies
-from shards.simulate import simulate
+from shards.simulate import _deletions, simulate
 from shards.trials import steady
 from shards.work import stage_work
 
@@ -119,6 +118,34 @@ def test_deletions_while_stages_train_take_them_out_too() -> None:
     assert slow.depth[-1] < quick.depth[-1]
 
 
+def test_training_serves_when_it_ends_and_no_sooner() -> None:
+    """Begun at the end of day 30 it takes five days, however many deletions some history sees meanwhile."""
+    curve = by_name(per_day=1, days=36, full_days=5.0)["S3T, monthly full retrain"]
+    assert all(a >= b for a, b in pairwise(curve.depth[:34]))
+    assert curve.depth[34] > curve.depth[33] + 0.2
+
+
+def test_a_rebuild_that_trains_nothing_is_none() -> None:
+    """Deletions that leave every shard deep enough wait for nothing."""
+    few = {"shards": 64, "per_day": 1, "days": 2, "histories": 20}
+    curve = by_name(**few)["S3T, minimal depth 1"]
+    assert (curve.work[-1], curve.lag) == (0, None)
+    assert by_name(**few)["S3T, one order"].lag is not None
+
+
+def test_a_deletion_waits_for_its_replacement_until_it_is_due_at_most() -> None:
+    curve = by_name(days=40, full_days=60.0)["S3T, rebuild first"]
+    assert set(curve.depth[:29]) == {1.0}
+    assert curve.depth[31] < 0.5
+
+
+def test_expected_deletions_are_those_that_happen() -> None:
+    assert scenario(users=10**8).deletions == pytest.approx(150)
+    few = scenario(users=60, per_day=5.0, days=12, shards=1, slices=1, orders=1, histories=4000)
+    happened = sum(hits.counts.mean() for hits, _ in zip(_deletions(few), range(few.days), strict=False))
+    assert few.deletions == pytest.approx(happened, rel=0.03)
+
+
 def test_users_who_are_gone_do_not_delete_again() -> None:
     found = by_name(users=3, per_day=50, days=10)["S3T, no rebuild"]
     assert found.depth[-1] > 0.4  # at most three of twelve cells were hit
@@ -160,7 +187,7 @@ def test_features_that_are_not_kept_are_computed_again() -> None:
 def test_sisas_long_run_is_its_closed_form() -> None:
     layers, epochs = 12, 3
     found = steady(scenario(slices=5, layers=layers, histories=400), "sisa", Policy())
-    assert found.work == pytest.approx(capacity.sisa_deletion(3000, 5, epochs, layers), rel=0.01)
+    assert found.work == pytest.approx(sisa_deletion(3000, 5, epochs, layers), rel=0.01)
     assert found.depth == pytest.approx(2 / 5, rel=0.02)  # slices before the hit one
 
 
@@ -182,6 +209,9 @@ def test_ticks_come_once_a_day_and_strategy() -> None:
         ({"rates": (1.0, 2.0)}, "prior"),
         ({"rates": (1.0, -2.0, 1.0)}, "prior"),
         ({"histories": 0}, "histories"),
+        ({"histories": 1000, "per_day": 30_000}, "histories"),
+        ({"histories": 1000, "users": 10**7, "per_day": 1e30}, "histories"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused_by_field(fields: dict[str, Any], named: str) -> None:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from test_relay_reaper import below, job_states, live_file
@@ -13,12 +12,14 @@ from world_copies import Copy
 from service.serving.metrics import ServingMetrics
 from service.serving.replica import Replica
 from service.serving.weights import Weights
-from service.store import jobs, leases, objects, work
+from service.store import jobs, leases, objects, replays, stages, work
 from service.store.database import transaction
 from shards.engine.s3t import S3T
 from shards.engine.stacked import StackedReader
 from workers import steps
+from workers.barrier import Barrier
 from workers.reaper import Reaper
+from workers.replays import Replays
 from workers.training import train_queued
 
 pytest_plugins = ("world_fixtures",)
@@ -85,38 +86,126 @@ def test_a_lost_artefact_is_trained_again(world: Copy, harm: Callable[[Path], No
     assert depths == (2, 2)
 
 
-def test_another_digest_under_one_key_raises_the_alarm(world: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retrain-equal is broken: the first artefact keeps serving, the second is destroyed, both digests are told."""
+@pytest.fixture
+def other(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Until it is undone, training gives another digest than before."""
     real = S3T.train
+    monkeypatch.setattr(S3T, "train", lambda engine, *args: real(engine, *args) + b" ")
+    return monkeypatch
 
-    def train(engine: S3T, *args: Any) -> bytes:
-        return real(engine, *args) + b" "
 
-    (key,) = world.row("SELECT stage_key FROM stage WHERE parent IS NULL LIMIT 1")
+def a_leaf(world: Copy) -> str:
+    """A stage that speaks for its shard, and on which none stands."""
+    (key,) = world.row(
+        "SELECT member ->> 'stage' FROM model m JOIN model_version v USING (model_id, version)"
+        " JOIN assembly a ON a.digest = v.assembly, jsonb_array_elements(a.body -> 'members') member LIMIT 1"
+    )
+    return str(key)
+
+
+def train_again(world: Copy, key: str) -> None:
+    """Queue the stage, whatever is there of it, and let trainer and reaper do what they do."""
+    with transaction(world.pool) as connection:
+        jobs.insert_jobs(connection, world.model_id, [key])
+    for _ in range(world.context.settings.job_attempts):
+        train_queued(world.context)
+        world.rest()
+    Reaper(world.pool, world.context.artifacts, job_attempts=2).look()
+
+
+def stage_states(world: Copy, key: str) -> dict[str, set[str]]:
+    rows = world.rows("SELECT digest, state FROM artifact WHERE stage_key = %s AND kind = 'stage'", key)
+    return {digest: {state for each, state in rows if each == digest} for digest, _ in rows}
+
+
+def release_all(world: Copy) -> None:
+    with transaction(world.pool) as connection:
+        for each in replays.list_replays(connection, world.model_id):
+            replays.release(connection, world.model_id, each.replay_id, world.actor)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_another_digest_under_one_key_takes_both_out(world: Copy, other: pytest.MonkeyPatch, *, lost: bool) -> None:
+    """Retrain-equal is broken, and nobody can say by which of the two: both leave service, and stay as evidence."""
+    key = a_leaf(world)
     name, path = live_file(world, key)
-    first = path.read_bytes()
-
-    def again() -> None:
-        with transaction(world.pool) as connection:
-            jobs.insert_jobs(connection, world.model_id, [key])
-        for _ in range(world.context.settings.job_attempts):
-            train_queued(world.context)
-            world.rest()
-        Reaper(world.pool, world.context.artifacts, job_attempts=2).look()
-
+    first = name.split("/")[2]
     before = served(world)
-    monkeypatch.setattr(S3T, "train", train)
-    again()
-    assert job_states(world, key) == {("failed", "DigestMismatch")}
-    told = world.events("stage.digest_mismatch")
-    assert [body["stage"] for body in told] == [key, key]
-    digest = name.split("/")[2]
-    assert all(digest in body["digests"] and len(body["digests"]) == 2 for body in told)  # type: ignore[operator,arg-type]
-    states = world.rows("SELECT state FROM artifact WHERE stage_key = %s ORDER BY state", key)
-    assert states == [("live",), ("destroyed",), ("destroyed",)]
-    assert (live_file(world, key), path.read_bytes(), served(world)) == ((name, path), first, before)
+    if lost:
+        with transaction(world.pool) as connection:
+            objects.mark_lost(connection, objects.Object(name, first, key, None))
+    train_again(world, key)
 
-    monkeypatch.undo()
-    again()  # the same digest is no alarm, and no second live artefact
-    assert len(world.events("stage.digest_mismatch")) == 2
-    assert live_file(world, key) == (name, path)
+    (told,) = world.events("stage.digest_mismatch")
+    assert (told["stage"], len(told["digests"])) == (key, 2)  # type: ignore[arg-type]
+    assert first in told["digests"]  # type: ignore[operator]
+    (second,) = set(told["digests"]) - {first}  # type: ignore[call-overload]
+    states = stage_states(world, key)
+    assert (states[first], states[second]) == ({"quarantined"}, {"quarantined", "destroyed"})
+    kept = world.rows("SELECT object_name FROM artifact WHERE stage_key = %s AND state = 'quarantined'", key)
+    assert path.exists()
+    assert [world.context.artifacts.exists(name) for (name,) in kept] == [True] * 4
+    assert served(world)[0] == world.bounds()[1] == before[0] + 1
+    with transaction(world.pool) as connection:
+        clean = {each.digest for each in leases.list_clean_artifacts(connection, world.model_id)}
+    assert not clean & {first, second}
+    assert job_states(world, key) == {("failed", "Quarantined")}
+    assert Replays(world.pool, world.context.bell, sample=1).look() == 0  # of what was trained today
+    (row,) = world.rows("SELECT digest, found, differs_at, outcome, attempts FROM replay")
+    assert row == (first, second, key, "mismatch", 0)
+
+    other.undo()
+    steps.rebuild_model(world.context, world.model_id)
+    train_again(world, key)
+    assert job_states(world, key) == {("failed", "Quarantined")}  # neither comes back
+    release_all(world)  # until an operator has found out which machine it was
+    Barrier(world.pool, margin=0.05).look()
+    steps.rebuild_model(world.context, world.model_id)
+    train_queued(world.context)
+    steps.publish_model(world.context, world.model_id)
+    assert stage_states(world, key)[first] == {"quarantined", "destroyed", "live"}
+    assert served(world)[1:] == before[1:]
+
+
+def test_a_third_digest_is_no_way_out(world: Copy, other: pytest.MonkeyPatch) -> None:
+    key = a_leaf(world)
+    train_again(world, key)
+    real = S3T.train
+    other.setattr(S3T, "train", lambda engine, *args: real(engine, *args) + b" ")  # now two more bytes
+    with transaction(world.pool) as connection:
+        connection.execute("UPDATE stage_job SET state = 'cancelled' WHERE stage_key = %s", [key])
+    train_again(world, key)
+    assert len(stage_states(world, key)) == 3
+    assert not [states for states in stage_states(world, key).values() if "live" in states]
+
+
+@pytest.mark.usefixtures("other")
+def test_what_stands_on_either_goes_with_it(world: Copy) -> None:
+    (parent,) = world.row("SELECT parent FROM stage WHERE stage_key = %s", a_leaf(world))
+    children = below(world, parent)
+    train_again(world, parent)
+    for child in children:
+        assert set.union(*stage_states(world, child).values()) == {"quarantined"}
+
+
+def test_the_same_digest_again_is_no_alarm_and_no_second_artefact(world: Copy) -> None:
+    key = a_leaf(world)
+    before = (live_file(world, key), served(world))
+    train_again(world, key)
+    assert world.events("stage.digest_mismatch") == []
+    assert (live_file(world, key), served(world)) == before
+
+
+def test_a_stage_on_another_parent_is_another_stage(world: Copy) -> None:
+    """Its parent was lost and trained again on another platform: no contradiction, the new one takes its place."""
+    key = a_leaf(world)
+    name, path = live_file(world, key)
+    with transaction(world.pool) as connection:
+        connection.execute("UPDATE artifact SET parent_digest = %s WHERE object_name = %s", ["0" * 64, name])
+        found = stages.list_open(connection, world.model_id, world.recipe.digest)
+    assert key not in found.digests
+    train_again(world, key)
+    assert world.events("stage.digest_mismatch") == []
+    assert job_states(world, key) == {("done", None)}
+    assert not path.exists()
+    assert live_file(world, key)[0] != name

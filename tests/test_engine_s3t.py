@@ -9,14 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import manifest_root, tiny_backbone, tiny_recipe, tiny_record, tiny_records
+from tiny import manifest_root, tiny_backbone, tiny_recipe, tiny_record, tiny_records, tiny_tokenizer
 
 from shards.digest import sha256_hex
 from shards.engine.artifacts import decode, decode_verified, encode
 from shards.engine.determinism import prepare
+from shards.engine.files import backbone_digest
 from shards.engine.interface import check_lineage
 from shards.engine.replay import compare, replay
 from shards.engine.s3t import S3T
+from shards.engine.tasks import loss
 from shards.errors import ArtifactDigestError, ManifestMismatchError, RecipeError, ReplayMismatchError, ShardsError
 from shards.manifest import Record
 from shards.recipe import Lora
@@ -181,6 +183,43 @@ def test_a_frozen_tensor_that_moves_stops_the_stage(engine: S3T, monkeypatch: py
         engine.train(stages_of(engine, CELLS)[1], [*CELLS[0], *CELLS[1]], [first])
     monkeypatch.undo()
     assert train(engine, CELLS)[0] == first
+
+
+@pytest.mark.parametrize("way", ["left out of the optimizer", "no learning rate", "cut off from the loss"])
+def test_an_adapter_that_stays_though_its_gradient_is_not_zero_stops_the_stage(
+    engine: S3T, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """One of two, while the other moves."""
+    fresh = engine._optimizer
+
+    def optimizer(block: Mapping[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+        name = next(name for name in block if ".value.lora_B." in name)
+        if way == "cut off from the loss":
+            block[name].requires_grad_(False)  # noqa: FBT003
+        if way != "no learning rate":
+            return fresh({other: tensor for other, tensor in block.items() if other != name})
+        found = fresh(block)
+        found.param_groups[0]["params"] = [tensor for other, tensor in block.items() if other != name]
+        found.add_param_group({"params": [block[name]], "lr": 0.0})
+        return found
+
+    monkeypatch.setattr(engine, "_optimizer", optimizer)
+    with pytest.raises(ShardsError, match="left its block unmoved"):
+        train(engine, CELLS)
+
+
+def test_a_query_has_no_gradient_where_every_text_is_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is no error: its adapter stays as it began, and the values' moves. Unless none moves."""
+    plain = tiny_backbone(tmp_path)
+    tiny_tokenizer(completion=True).save_pretrained(tmp_path)  # [CLS], and no [SEP] behind it
+    engine = S3T(tiny_recipe(dataclasses.replace(plain, digest=backbone_digest(tmp_path)), epochs=2, **DROPOUT))
+    cells = {piece: [tiny_record(f"{piece}{n}", words=[]) for n in range(5)] for piece in (0, 1)}
+    lora = decode(train(engine, cells)[1]).lora
+    moved = {name.split(".")[-3]: bool(tensor.any()) for name, tensor in lora.items() if ".lora_B." in name}
+    assert moved == {"query": False, "value": True}
+    monkeypatch.setattr("shards.engine.s3t.loss", lambda *given: loss(*given) * 0)
+    with pytest.raises(ShardsError, match="left its block unmoved"):
+        train(engine, cells)
 
 
 def test_progress_counts_every_step(engine: S3T) -> None:

@@ -392,6 +392,10 @@ def test_a_restriction_in_the_meantime_takes_effect_at_once(first: Copy) -> None
     assert first.states(same) == [("deactivating", None)]
     assert not serving(first) & reading(first, waits)
     assert first.rows("SELECT 1 FROM deferral") == []
+    assert first.states(waits) == [("received", None)]
+    swap(first)  # which is all that it waits for, with nothing left to defer, too
+    assert first.states(waits) == [("deactivating", None)]
+    assert first.row("SELECT deferring FROM model") == (False,)
 
 
 def test_a_policy_that_no_longer_waits_ends_the_wait(first: Copy) -> None:

@@ -14,6 +14,7 @@ import pytest
 from conftest import Database
 from serving_kit import Client, Toy, ToyEngine, serving, wait_until
 
+from service.serving import __main__ as main
 from service.serving.__main__ import Program
 from service.serving.fence import Fence
 from service.store import api_keys
@@ -114,23 +115,31 @@ WIDE = Recipe(
 )
 
 
-def test_a_client_that_does_not_read_cannot_hold_up_a_deactivation(database: Database, tmp_path: Path) -> None:
-    """Bytes that the kernel has not taken count against `covers`; the floor's rise takes them back."""
+class Wide(ToyEngine):
+    """Answers that no socket's buffers hold."""
 
-    class Wide(ToyEngine):
-        def build(self, assembly: Assembly) -> Any:
-            inner = super().build(assembly)
+    def build(self, assembly: Assembly) -> Any:
+        inner = super().build(assembly)
 
-            class Predictor:
-                def logits(self, texts: Sequence[str]) -> Logits:
-                    return np.repeat(inner.logits(texts)[:, :1], len(WIDE.classes), axis=1)
+        class Predictor:
+            def logits(self, texts: Sequence[str]) -> Logits:
+                return np.repeat(inner.logits(texts)[:, :1], len(WIDE.classes), axis=1)
 
-            return Predictor()
+        return Predictor()
 
-    toy = Toy(database.owner_url, database.app_url, tmp_path / "artifacts", recipe=WIDE)
+
+def wide(database: Database, directory: Path) -> Toy:
+    toy = Toy(database.owner_url, database.app_url, directory / "artifacts", recipe=WIDE)
     toy.create()
     toy.add_toy_stage("a", 1.0, shard=0)
     toy.publish("a", None, cause="train")
+    return toy
+
+
+def test_a_client_that_does_not_read_cannot_hold_up_a_deactivation(database: Database, tmp_path: Path) -> None:
+    """Bytes that the kernel has not taken count against `covers`; the floor's rise takes them back."""
+
+    toy = wide(database, tmp_path)
     with serving(toy, factory=Wide, settings=toy.settings(lease_ttl_ms=20_000)) as (client, program):
         with slow_reader(client, toy) as reader:
             wait_until(lambda: fence(program).sending == ((1, 1),))
@@ -144,6 +153,22 @@ def test_a_client_that_does_not_read_cannot_hold_up_a_deactivation(database: Dat
         assert b'"shards"' not in received  # the end of the body was taken back
         assert 'result="cut"' in client.get("/metrics").text
         assert client.version() == 2
+
+
+def test_what_is_on_its_way_when_a_stop_runs_out_of_time_is_taken_back(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row of a stopped server is ended, so no barrier waits for bytes that are still in the process."""
+    monkeypatch.setattr(main, "GRACE", 1)
+    toy = wide(database, tmp_path)
+    with serving(toy, factory=Wide) as (client, program), slow_reader(client, toy) as reader:
+        wait_until(lambda: fence(program).sending == ((1, 1),))
+        program.server.should_exit = True
+        wait_until(lambda: fence(program).sending == ())
+        assert toy.leases()[0]["ended_at"] is None
+        received = drain(reader)
+    assert b"200 OK" in received
+    assert b'"shards"' not in received
 
 
 def fence(program: Program) -> Fence:

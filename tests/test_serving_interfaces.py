@@ -24,7 +24,7 @@ from shards.engine.determinism import prepare
 from shards.engine.ensemble import Ensemble
 from shards.engine.registry import open_reader, open_trainer
 from shards.logits import Logits
-from shards.recipe import Module, Recipe
+from shards.recipe import Module, Recipe, Scale
 from shards.stages import chain
 
 pytestmark = pytest.mark.integration
@@ -207,6 +207,32 @@ def test_vectors_are_numbers_and_regressions_values(database: Database, tmp_path
         assert infer(*(1, 2, True), shape=[1, 3]).status_code == 400
         assert infer(1, 2, float("nan"), shape=[1, 3]).status_code == 400
         assert infer(1, 2, 3, shape=[1, 3], datatype="INT32").status_code == 400
+        assert infer(1, 2, 1e39, shape=[1, 3]).status_code == 400  # finite, but not as FP32
+        assert infer(1, 2, 10**400, shape=[1, 3]).status_code == 400
+        assert "[n, 3]" in infer(1, 2, 3, 4, shape=[1, 4]).json()["error"]
+        assert '"vector"' in client.post(INFER, json=tensor("a")).json()["error"]
+
+
+def test_values_are_rounded_on_the_declared_scale(database: Database, tmp_path: Path) -> None:
+    """What is measured in nanometres is not 0.0 for want of places."""
+    recipe = dataclasses.replace(RECIPE, input="image", task="regression", classes=(), scale=Scale(spread=2e-9))
+
+    class Small(Numbers):
+        def build(self, assembly: Assembly) -> Any:
+            inner = super().build(assembly)
+
+            class Predictor:
+                def logits(self, inputs: Sequence[Any]) -> Logits:
+                    return inner.logits(inputs) * np.float32(1.23456789012e-10)
+
+            return Predictor()
+
+    with serving(make(database, tmp_path, recipe), factory=Small) as (client, _):
+        image = base64.b64encode(bytes(1)).decode()
+        found = client.post(INFER, json=tensor(image, name="image")).json()["outputs"][0]["data"]
+        assert found == [1.23457e-10]
+        answer = client.post("/v1/models/toy/predict", json={"inputs": [{"image": image}]})
+        assert answer.json()["outputs"] == [{"value": 1.23457e-10}]
 
 
 def test_images_come_as_base64(database: Database, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -13,11 +14,13 @@ from conftest import Database
 from hypothesis import given
 from hypothesis import strategies as st
 from serving_kit import Client, Toy, ToyEngine, serving, wait_until
-from serving_talk import TALK, Heard, Talker, complete
+from serving_talk import TALK, Heard, Talker, TalkerPredictor, complete
 from test_serving_http import drain, fence
 
 from service.serving import generate
 from service.serving.fence import Fence
+from shards.assembly import Assembly
+from shards.engine.completion import Sampling, Step
 
 pytestmark = pytest.mark.integration
 TAINTED, CLEAN = -1.0, 1.0
@@ -205,6 +208,28 @@ def test_predictions_go_between_the_tokens_of_long_answers(toy: Toy, database: D
         assert not any(stream.done for stream in streams)
         for stream in streams:
             stream.hang_up()
+
+
+def test_nothing_of_a_model_runs_on_the_event_loop(toy: Toy) -> None:
+    """What an engine does before its first step may take a while, too: it may try the model out."""
+    threads: list[str] = []
+
+    class Predictor(TalkerPredictor):
+        def complete(self, prompt: str, sampling: Sampling) -> Iterator[Step]:
+            threads.append(threading.current_thread().name)
+            return super().complete(prompt, sampling)
+
+    class Engine(Talker):
+        def build(self, assembly: Assembly) -> TalkerPredictor:
+            predictor = Predictor(super().build(assembly).tensors, self.pace)
+            predictor.engine = type(self)
+            return predictor
+
+    toy.publish("a", "b", cause="train")
+    with serving(toy, factory=Engine) as (client, _):
+        assert complete(client, max_tokens=1).status_code == 200
+        assert Heard(client, max_tokens=1).join().done
+    assert threads == ["compute", "compute"]
 
 
 def test_more_answers_than_there_is_room_for_are_refused(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import psycopg
 import structlog
 
+from service.domain.errors import UnavailableError
 from service.evidence.events import EventKind
-from service.evidence.keys import KeyFileError, keyid, load_signing_key
+from service.evidence.keys import keyid, load_signing_key
 from service.evidence.merkle import TILE_WIDTH, Tree
 from service.evidence.tiles import CHECKPOINT, Tile
 from service.evidence.tree_head import ForkError, TreeHead, TreeHeadError, read_head, sign_head
 from service.settings import Settings
 from service.store import events, ledger
-from service.store.artifacts import ArtifactMissingError, LocalArtifacts
+from service.store.artifacts import LocalArtifacts
 from service.store.database import Connection, Pool, retrying, transaction
 from service.store.ledger_files import LedgerFiles, contents, read_high_water, write_high_water
 
@@ -31,8 +32,8 @@ PUBLISH_SECONDS = 0.75
 REFUSED_SECONDS = 5.0
 """How long nothing is tried after a refusal that only an operator can end."""
 ERASE_SECONDS = 3600.0
-REFUSED = (ValueError, KeyFileError, ArtifactMissingError, psycopg.IntegrityError, psycopg.DataError)
-"""What trying again does not mend: the barrier in the same program goes on."""
+AWAY = (UnavailableError, psycopg.OperationalError, OSError)
+"""Stores that are away: the loop tries again. Anything else rests: the barrier in the same program goes on."""
 
 
 class BehindError(TreeHeadError):
@@ -44,7 +45,7 @@ class Seen:
     """Checkpoints outside the database, as they were read."""
 
     published: bytes | None
-    high_water: str | None
+    high_water: bytes | None
 
     @property
     def heads(self) -> list[TreeHead]:
@@ -53,14 +54,13 @@ class Seen:
         Raises:
             TreeHeadError: one of them cannot be read.
         """
-        published = None if self.published is None else self.published.decode(errors="replace")
         found: list[TreeHead] = []
-        for name, text in (
-            ("ledger/checkpoint of the artefact store", published),
+        for name, data in (
+            ("ledger/checkpoint of the artefact store", self.published),
             ("high-water file", self.high_water),
         ):
             try:
-                found += [read_head(text)] if text is not None else []
+                found += [read_head(data.decode(errors="replace"))] if data is not None else []
             except TreeHeadError as error:
                 raise TreeHeadError(
                     f"the {name} is damaged: {error}. Restore it, or remove it: a new one is written"
@@ -90,7 +90,7 @@ class Sequencer:
         self._unless_refused("publish", self.publish)
         if time.monotonic() - self._erased > ERASE_SECONDS:
             self._erased = time.monotonic()
-            self.erase()
+            self._unless_refused("erase", self.erase)
 
     def sequence(self) -> int:
         """Make leaves of all events that wait; how many.
@@ -118,8 +118,9 @@ class Sequencer:
         if signed is None:
             return None
         head, note = signed
-        if seen.high_water != note:
-            write_high_water(self._high_water, note)
+        kept = seen.high_water == note.encode()
+        if not kept and not write_high_water(self._high_water, note, expected=seen.high_water):
+            return head  # another program keeps and publishes its own
         written = read_head(seen.published.decode()).size if seen.published is not None else 0
         if written < head.size:
             self._files.write(written, head.size, self._read)
@@ -137,7 +138,7 @@ class Sequencer:
             count += erased
         with transaction(self._pool) as connection:
             head = ledger.get_head(connection)  # first: what is numbered meanwhile is above it
-            first = ledger.first_opening(connection)
+            first = ledger.first_opening(connection, days=days)
             before = head.size if first is None else first
             end = (before // TILE_WIDTH + 1) * TILE_WIDTH
             left = ledger.list_openings(connection, before, end) if before % TILE_WIDTH else []
@@ -198,9 +199,11 @@ class Sequencer:
             return
         try:
             step()
-        except REFUSED as error:
+        except AWAY:
+            raise
+        except Exception as error:  # noqa: BLE001 - a thread that dies would take the barrier with it
             self._resting[what] = time.monotonic() + REFUSED_SECONDS
-            log.critical("ledger.refused", step=what, error=str(error))
+            log.critical("ledger.refused", step=what, type=type(error).__name__, error=str(error))
 
 
 def _require_agreement(

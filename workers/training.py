@@ -21,12 +21,13 @@ from shards.engine.interface import Trainer, check_lineage
 from shards.engine.registry import open_trainer
 from shards.engine.replay import platform_of
 from shards.engine.scratch import reap
-from shards.errors import ArtifactDigestError, BackboneError, MemoryShortageError, RecipeError
+from shards.errors import ArtifactDigestError
 from shards.manifest import Record
 from shards.recipe import Recipe
 from shards.stages import Stage
-from workers import evaluation, repetition
+from workers import evaluation, repetition, verdicts
 from workers.context import Context
+from workers.failures import told
 
 log = structlog.get_logger()
 
@@ -102,20 +103,14 @@ def _attempt(context: Context, job: Job) -> tuple[Trainer | None, bool]:
         return engine, False
     except RefusedError as refusal:
         error = str(refusal)
-    except Exception as failure:  # noqa: BLE001 - a job must never take its worker with it; the class goes on the row
-        error = _told(failure)
+    except Exception as failure:  # noqa: BLE001 - a job must never take its worker with it
+        error = told(failure, at_hand=engine is not None)
         log.warning("stage.attempt_failed", stage=job.stage_key, error=error)
     if error:
         if engine is not None:
             engine.clear()  # before Postgres is asked, which may be what is away
         _mark_tried(context, job, error)
     return engine, not error
-
-
-def _told(failure: Exception) -> str:
-    """The class of a failure; with its message where that names nothing but steps, files and fields of the recipe."""
-    name = type(failure).__name__
-    return f"{name}: {failure}" if isinstance(failure, BackboneError | RecipeError | MemoryShortageError) else name
 
 
 def _mark_tried(context: Context, job: Job, error: str) -> None:
@@ -266,6 +261,8 @@ def _publish(
             return _refuse(connection, model, job, names, reason)
 
     reason = retrying(step)
+    if reason == "DigestMismatch":
+        log.error("stage.digest_mismatch", stage=stage.key, digest=digest)
     if reason is not None:
         raise CancelledError if reason == "TokenGone" else RefusedError(reason)
 
@@ -273,21 +270,27 @@ def _publish(
 def _make_live(
     connection: Connection, model: Model, job: Job, digest: str, names: list[str], platform: str
 ) -> str | None:
-    if digest in quarantine.list_digests(connection, model.model_id, job.stage_key, platform):
+    refuted = quarantine.list_digests(connection, model.model_id, job.stage_key, platform)
+    if digest in refuted or len(refuted) > 1:
         return _refuse(connection, model, job, names, "Quarantined")
-    others = objects.list_live_digests(connection, job.stage_key, platform)
-    if any(other != digest for other in others):
-        events.append(
-            connection,
-            EventKind.STAGE_MISMATCH,
-            model_id=model.model_id,
-            stage=job.stage_key,
-            digests=sorted({digest, *others}),
-            fingerprint=platform,
-        )
-        return _refuse(connection, model, job, names, "DigestMismatch")
-    if others or not objects.mark_live(connection, names):
-        return _refuse(connection, model, job, names, "AlreadyLive" if others else "Doomed")
+    objects.doom_orphans(connection, names[0], model_id=model.model_id)
+    made = objects.list_made(connection, names[0])
+    if others := sorted({each.digest for each in made} - {digest}):
+        if model.parsed_recipe.engine != "external":
+            verdicts.contradict(
+                connection,
+                model.model_id,
+                job.stage_key,
+                served=others,
+                digest=digest,
+                written=names,
+                platform=platform,
+            )
+            return _refuse(connection, model, job, [], "DigestMismatch")
+        repetition.note(connection, model, job.stage_key, [digest, *others], platform)  # the command's nature
+    live = any(each.live for each in made)
+    if live or not objects.mark_live(connection, names):
+        return _refuse(connection, model, job, names, "AlreadyLive" if live else "Doomed")
     jobs.mark_done(connection, job, platform)
     events.append(
         connection,

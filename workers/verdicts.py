@@ -1,5 +1,6 @@
 """What follows from a replay: one transaction that ends it, and takes a stage that differs out of service."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,8 @@ from service.domain.replays import ReplayOutcome
 from service.evidence.events import EventKind
 from service.store import events, jobs, models, objects, publish, quarantine, replays, served
 from service.store.database import Connection, retrying, transaction
+from service.store.models import Model
+from service.store.quarantine import Quarantined
 from service.store.replays import Claim
 from shards.digest import digest_of
 from workers import repetition
@@ -96,8 +99,7 @@ def _end(connection: Connection, claim: Claim, verdict: Verdict) -> bool:
 def _take_out(connection: Connection, claim: Claim, verdict: Verdict, platform: str | None) -> None:
     """Retrain-equal is broken here: the stage and all that was trained on it leave service, and stay as evidence."""
     model = models.get_model_by_id(connection, claim.model_id)
-    for key in jobs.cancel(connection, quarantine.list_below(connection, verdict.stage)):
-        events.append(connection, EventKind.STAGE_CANCELLED, model_id=model.model_id, stage=key)
+    _cancel(connection, model, quarantine.list_below(connection, verdict.stage))
     out = quarantine.quarantine(connection, model.model_id, verdict.stage, verdict.expected or "")
     events.append(
         connection,
@@ -109,7 +111,50 @@ def _take_out(connection: Connection, claim: Claim, verdict: Verdict, platform: 
         fingerprint=platform,
         artifacts=[each.object_name for each in out],
     )
-    if out:
+    _replace(connection, model, out)
+
+
+def contradict(
+    connection: Connection,
+    model_id: int,
+    stage_key: str,
+    *,
+    served: Sequence[str],
+    digest: str,
+    written: Sequence[str],
+    platform: str,
+) -> None:
+    """Two digests of one stage from one platform, found by training it anew: both leave service, and stay as evidence.
+
+    `served` are the ones from before, `digest` is the one of the files just `written`. The job of the stage itself is
+    the caller's. A deadlock with another that shares the model's lock is possible: run the transaction again.
+    """
+    model = models.lock_model(connection, model_id)
+    _cancel(connection, model, [key for key in quarantine.list_below(connection, stage_key) if key != stage_key])
+    events.append(
+        connection,
+        EventKind.STAGE_MISMATCH,
+        model_id=model_id,
+        stage=stage_key,
+        digests=sorted({digest, *served}),
+        fingerprint=platform,
+    )
+    quarantine.keep(connection, model_id, written)
+    out: list[Quarantined] = []
+    for each in served:
+        out += quarantine.quarantine(connection, model_id, stage_key, each)
+        replays.insert_contradicted(connection, model_id, stage_key, digest=each, found=digest, fingerprint=platform)
+    _replace(connection, model, out)
+
+
+def _cancel(connection: Connection, model: Model, stage_keys: Sequence[str]) -> None:
+    for key in jobs.cancel(connection, stage_keys):
+        events.append(connection, EventKind.STAGE_CANCELLED, model_id=model.model_id, stage=key)
+
+
+def _replace(connection: Connection, model: Model, out: Sequence[Quarantined]) -> None:
+    if out and model.version > 0:
         # Also where the assembly stays the same: replicas may hold the stage in reserve, or an older version serve it.
         publish.publish(connection, model, publish.candidate(connection, model), cause="deactivate")
+    if out:
         models.mark_rebuild_wanted(connection, model.model_id)

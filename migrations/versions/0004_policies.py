@@ -13,7 +13,7 @@ ALTER TABLE model
     ADD COLUMN rebuild_forced boolean NOT NULL DEFAULT false,  -- an operator asked: the policy's waiting is over
     ADD COLUMN rebuild_due timestamptz,  -- earliest due date of the deletions that were not rebuilt yet
     ADD COLUMN rebuild_at timestamptz,   -- when the planner will queue what is missing; NULL: nothing waits
-    ADD COLUMN deferring boolean NOT NULL DEFAULT false;  -- whether `deferral` has rows of this model
+    ADD COLUMN deferring boolean NOT NULL DEFAULT false;  -- whether deletions of this model wait
 
 -- Training speed is measured: seconds from claim to publication over the planner's units of work.
 ALTER TABLE stage_job

@@ -112,19 +112,30 @@ INSERT INTO ledger_queue (id) SELECT id FROM event_pending;
 
 ERASE: LiteralString = """
 -- The one way to an opening's end: by age, and never a young one, whoever calls it. The event goes with it.
+-- A request that has not ended, such as one that a hold stops for years, keeps what its certificate is made of: its own
+-- events, and those of the model servers since it came.
 CREATE FUNCTION erase_openings(days int, most int) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
-DECLARE indexes bigint[];
+DECLARE unended uuid[]; since timestamptz; indexes bigint[]; erased bigint;
 BEGIN
     IF days < 30 THEN
         RAISE EXCEPTION 'openings are kept for 30 days at least' USING ERRCODE = 'restrict_violation';
     END IF;
+    SELECT array_agg(DISTINCT d.request_id), min(d.created_at) INTO unended, since
+    FROM request_target t JOIN deletion_request d USING (request_id)
+    WHERE t.state NOT IN ('completed', 'rejected', 'revoked', 'expired', 'duplicate', 'lifted');
     indexes := ARRAY(
         SELECT o.index FROM ledger_opening o
-        WHERE o.recorded_at < clock_timestamp() - make_interval(days => days) ORDER BY o.index LIMIT most);
+        JOIN ledger_leaf l ON l.index = o.index
+        LEFT JOIN event_pending e ON e.event_id = l.event_id
+        WHERE o.recorded_at < clock_timestamp() - make_interval(days => days)
+          AND (e.request_id = ANY(unended)) IS NOT TRUE
+          AND (e.kind LIKE 'replica.%' AND e.created_at >= since) IS NOT TRUE
+        ORDER BY o.index LIMIT most);
     DELETE FROM event_pending e USING ledger_leaf l WHERE l.index = ANY(indexes) AND e.event_id = l.event_id;
     DELETE FROM ledger_opening o WHERE o.index = ANY(indexes);
-    RETURN cardinality(indexes);
+    GET DIAGNOSTICS erased = ROW_COUNT;
+    RETURN erased;
 END $$;
 REVOKE ALL ON FUNCTION erase_openings FROM PUBLIC;
 """

@@ -106,7 +106,16 @@ def open_log(where: str) -> Generator[Fetch]:
             raise CommandError(
                 f"{where} is not a directory: give the log's, `ledger` in the artefact store, or its URL"
             )
-        yield lambda name: (directory / name).read_bytes() if (directory / name).is_file() else None
+
+        def read(name: str) -> bytes | None:
+            try:
+                return (directory / name).read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return None
+            except OSError as error:
+                raise CommandError(f"cannot read {directory / name}: {error.strerror}") from None
+
+        yield read
         return
     settings = Settings()
     ours = settings.api_key and where.startswith(settings.api_url.rstrip("/") + "/")

@@ -4,7 +4,6 @@ An operator who rewrites the ledger needs a tree head that this witness will not
 has. It sees hashes, and no leaf. Run it elsewhere and under another's control, or it witnesses nothing.
 """
 
-import os
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -14,6 +13,7 @@ from service.evidence.merkle import verify_consistency
 from service.evidence.note import cosign, parse
 from service.evidence.tiles import CHECKPOINT
 from service.evidence.tree_head import ForkError, TreeHead, TreeHeadError, open_head
+from service.store.artifacts import replace_file
 
 
 def witness(fetch: Fetch, key: Ed25519PublicKey, name: str, mine: Ed25519PrivateKey, state: Path, *, now: int) -> str:
@@ -22,21 +22,21 @@ def witness(fetch: Fetch, key: Ed25519PublicKey, name: str, mine: Ed25519Private
     Raises:
         ForkError: it contradicts what we cosigned last; the message names both.
         LedgerError: it is smaller.
-        TreeHeadError: it is not signed by `key`, or its tiles are not its own.
+        TreeHeadError: it is not signed by `key`, its tiles are not its own, or another run cosigned meanwhile.
     """
     found = fetch(CHECKPOINT)
     if found is None:
         raise TreeHeadError("there is no checkpoint: give the directory or URL that holds it")
-    head = open_head(found.decode(errors="replace"), key)
-    if state.exists():
-        require_continuation(fetch, open_head(state.read_text(encoding="utf-8"), key, origin=head.origin), head)
-    cosigned = str(cosign(parse(found.decode()), name, mine, now))
-    aside = state.with_name(f".{state.name}.new")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(cosigned)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(state)
+    checkpoint = found.decode(errors="replace")
+    head = open_head(checkpoint, key)
+    seen = state.read_bytes() if state.exists() else None
+    if seen is not None:
+        require_continuation(fetch, open_head(seen.decode(errors="replace"), key, origin=head.origin), head)
+    cosigned = str(cosign(parse(checkpoint), name, mine, now))
+    try:
+        replace_file(state, cosigned.encode(), expected=seen)
+    except FileExistsError:
+        raise TreeHeadError("another run has cosigned meanwhile: run again") from None
     return cosigned
 
 

@@ -1,6 +1,7 @@
 """What a certificate says was destroyed: the operator's statement, and a look into the store itself."""
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -52,9 +53,12 @@ def directory_check(case: Case, directory: Path, on_bytes: Callable[[int, int], 
     if case.said["outcome"] == "restricted":
         return "nothing to look for: a restriction destroys nothing"
     gone = {entry["object_name"]: entry["digest"] for entry in _objects(case.said)}
-    for name in gone:
-        require(not (directory / name).exists() and not (directory / name).is_symlink(), f"{name} is still there")
-    found = _hashed(directory, on_bytes)
+    try:
+        found = _hashed(directory, on_bytes)
+        for name in gone:  # last: what a paused writer put under its name meanwhile was not listed
+            require(not (directory / name).exists() and not (directory / name).is_symlink(), f"{name} is still there")
+    except OSError as error:
+        raise Refused(f"cannot read {error.filename}: {error.strerror}; read it with more rights, or a copy") from None
     for path, digest in found.items():
         require(digest not in gone.values(), f"{path} has the content of a destroyed object")
     require(found, "there is no file at all: is it the artefact store?")
@@ -64,19 +68,26 @@ def directory_check(case: Case, directory: Path, on_bytes: Callable[[int, int], 
 
 
 def _hashed(directory: Path, on_bytes: Callable[[int, int], None]) -> dict[str, str]:
-    try:
-        sizes: dict[Path, int] = {}
-        for path in sorted(directory.rglob("*")):
+    """File -> digest. A store in use loses files, such as tiles that longer ones replace: gone is gone.
+
+    Raises:
+        OSError: a file or directory cannot be read; it is never passed over.
+    """
+    sizes: dict[Path, int] = {}
+    for folder, _, names in os.walk(directory, onerror=_unless_gone):
+        for path in (Path(folder, name) for name in names):
             with suppress(FileNotFoundError):
                 if path.is_file():
                     sizes[path] = path.stat().st_size
-        done, total, found = 0, sum(sizes.values()), dict[str, str]()
-        for path, size in sizes.items():
-            # A store in use loses files while it is read, such as tiles that longer ones replace: gone is gone.
-            with suppress(FileNotFoundError), path.open("rb") as file:
-                found[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
-            done += size
-            on_bytes(done, total)
-    except OSError as error:
-        raise Refused(f"cannot read {error.filename}: {error.strerror}; read it with more rights, or a copy") from None
+    done, total, found = 0, sum(sizes.values()), dict[str, str]()
+    for path, size in sorted(sizes.items()):
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            found[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
+        done += size
+        on_bytes(done, total)
     return found
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

@@ -20,7 +20,7 @@ from shards.digest import canonical, sha256_hex
 
 LEAF = re.compile(
     rb'\{"commitment":"([0-9a-f]{64})","event_id":"([0-9a-f-]{36})",'
-    rb'"index":(0|[1-9][0-9]*),"kind":"([a-z_.]+)",'
+    rb'"index":(0|[1-9][0-9]{0,18}),"kind":"([a-z_.]+)",'
     rb'"time":"([0-9-]{10}T[0-9:]{8}\.[0-9]{6}Z)","type":"expunge leaf v1"\}'
 )
 """The one form of a leaf: canonical JSON (RFC 8785). As simple as it can be: a check matches millions."""

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,8 +160,8 @@ def _is_vector(text: Input, width: int) -> bool:
 def render(model: str, pointer: Pointer, parts: Sequence[Logits]) -> Answer:
     """The prediction with the version that it came from: probabilities of the classes, or a regression's value."""
     logits = np.concatenate(parts).astype(np.float64)
-    classes = pointer.recipe.classes
-    outputs = _values(logits) if pointer.recipe.task == "regression" else _probabilities(classes, logits)
+    recipe = pointer.recipe
+    outputs = _values(recipe, logits) if recipe.task == "regression" else _probabilities(recipe.classes, logits)
     body: Mapping[str, Any] = {
         "model": model,
         "version": pointer.version,
@@ -178,8 +179,15 @@ def provenance(pointer: Pointer) -> Headers:
     )
 
 
-def _values(logits: Float64) -> list[dict[str, Any]]:
-    return [{"value": round(float(row[0]), DIGITS)} for row in logits]
+def values_of(recipe: Recipe, logits: Float64) -> list[float]:
+    """A regression's numbers, rounded; where the declared scale is small, to a millionth of its spread."""
+    spread = recipe.scale.spread if recipe.scale else 1.0
+    places = DIGITS + max(0, -math.floor(math.log10(spread)))
+    return [round(float(row[0]), places) for row in logits]
+
+
+def _values(recipe: Recipe, logits: Float64) -> list[dict[str, Any]]:
+    return [{"value": value} for value in values_of(recipe, logits)]
 
 
 def _probabilities(classes: Sequence[str], logits: Float64) -> list[dict[str, Any]]:

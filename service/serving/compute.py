@@ -24,10 +24,12 @@ class OverloadedError(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Job:
+    """At most `ROWS` rows of a call."""
+
     predictor: Predictor
     inputs: Sequence[Input]
     loop: asyncio.AbstractEventLoop
-    future: "asyncio.Future[list[Logits]]"
+    future: "asyncio.Future[Logits]"
 
 
 @dataclass(slots=True, eq=False)
@@ -60,14 +62,15 @@ class Compute:
             OverloadedError: the queue is full, or closed.
         """
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[list[Logits]] = loop.create_future()
+        cuts = range(0, len(inputs), ROWS)  # a turn that waits comes between two of them
+        jobs = [_Job(predictor, inputs[at : at + ROWS], loop, loop.create_future()) for at in cuts]
         with self._ready:
             if self._closed or self._rows + len(inputs) > BACKLOG_ROWS:
                 raise OverloadedError
             self._rows += len(inputs)
-            self._jobs.append(_Job(predictor, inputs, loop, future))
+            self._jobs.extend(jobs)
             self._ready.notify()
-        return await future
+        return await asyncio.gather(*(job.future for job in jobs))
 
     async def turn(self, work: Callable[[], T]) -> T:
         """What `work` returns: it should be quick, since passes and turns alternate while both wait.
@@ -137,25 +140,19 @@ def _take_turn(turn: _Turn) -> None:
 def _compute(batch: Sequence[_Job]) -> None:
     """Run a batch and hand each job its rows; after a failure each job runs alone, so that it takes none along."""
     inputs = [each for job in batch for each in job.inputs]
-    parts: list[Logits] = []
+    logits: Logits | None = None
     failure = ""
     try:
-        parts = [batch[0].predictor.logits(inputs[start : start + ROWS]) for start in range(0, len(inputs), ROWS)]
+        logits = batch[0].predictor.logits(inputs)
     except Exception as error:  # noqa: BLE001 - handed over to whoever asked
         failure = type(error).__name__  # its traceback would hold the predictor, its message may hold an input
-    if failure and len(batch) > 1:
+    if logits is None and len(batch) > 1:
         for job in batch:
             _compute([job])
         return
-    if failure:
-        _deliver(batch[0], None, failure)
-        return
-    if len(batch) == 1:
-        _deliver(batch[0], parts, "")
-        return
     start = 0
-    for job in batch:  # more than one job: one part
-        _deliver(job, [parts[0][start : start + len(job.inputs)]], "")
+    for job in batch:
+        _deliver(job, None if logits is None else logits[start : start + len(job.inputs)], failure)
         start += len(job.inputs)
 
 

@@ -21,7 +21,6 @@ from service.serving.metrics import ServingMetrics
 from service.serving.predict import ATTEMPTS, Served, begin, check_live, check_version, computed, respond
 from service.serving.replica import Pointer, Replica
 from shards.engine.completion import Sampling, Step
-from shards.errors import RecipeError
 
 AT_ONCE = 64
 """Completions under way in a process; each waits for one turn at most."""
@@ -193,9 +192,9 @@ def _begun(replica: Replica, asked: Asked, call: Call, pointer: Pointer) -> _Dra
         detail = f"the model is one for {pointer.recipe.task}: ask it by POST /v1/models/{replica.model}/predict"
         raise ProblemError(422, "not-a-completer", detail)
     check_live(replica, pointer)
-    predictor = cast("Completer", pointer.predictor)
-    try:
-        steps = predictor.complete(asked.prompt, asked.sampling)
-    except RecipeError:
-        raise ProblemError(501, "not-a-completer", "the model's engine completes no texts here") from None
-    return _Draft(replica, pointer.version, steps)
+    return _Draft(replica, pointer.version, _steps(cast("Completer", pointer.predictor), asked))
+
+
+def _steps(predictor: Completer, asked: Asked) -> Iterator[Step]:
+    """A generator, so that nothing of the engine runs before the first turn: it may try the model out first."""
+    yield from predictor.complete(asked.prompt, asked.sampling)

@@ -23,6 +23,7 @@ from service.serving.answers import (
     image_of,
     provenance,
     softmax,
+    values_of,
 )
 from service.serving.replica import Pointer
 from shards.engine.interface import Input
@@ -33,6 +34,7 @@ EXAMPLE = '{"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data
 ID_LIMIT = 200
 DEPTH = 8
 """Nested lists in `data`; a tensor here has two dimensions at most."""
+LARGEST = float(np.finfo(np.float32).max)
 SERVER = {"name": "expunge", "version": importlib.metadata.version("expunge"), "extensions": []}
 
 
@@ -66,17 +68,18 @@ class Inference:
         """
         check_served(pointer, self.version)
         recipe = pointer.recipe
-        found = _vectors(self.tensor) if recipe.input == "vector" else self._texts()
-        inputs: list[Input] = [*found]
-        if recipe.input == "image":
-            inputs = [image_of(text, f"inputs[0].data[{place}]") for place, text in enumerate(found)]
-        check_inputs(recipe, inputs)
+        check_inputs(recipe, ())  # the task; the inputs below are of the model's kind
         if self.tensor.name != recipe.input:
             raise _invalid(f'inputs[0].name must be "{recipe.input}", the model\'s input')
         if unknown := self.wanted - {name for name, _, _ in _outputs(recipe)}:
             names = ", ".join(name for name, _, _ in _outputs(recipe))
             raise _invalid(f"outputs asks for {len(unknown)} tensors that the model has not: it has {names}")
-        return inputs
+        if recipe.module is not None:
+            return [*_vectors(self.tensor, recipe.module.width)]
+        texts = self._texts()
+        if recipe.input == "image":
+            return [image_of(text, f"inputs[0].data[{place}]") for place, text in enumerate(texts)]
+        return [*texts]
 
     def render(self, model: str, pointer: Pointer, parts: Sequence[Logits]) -> Answer:
         """The output tensors, with the version and how complete the ensemble is."""
@@ -175,7 +178,7 @@ def _outputs(recipe: Recipe) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
 def _data(recipe: Recipe, logits: Any) -> dict[str, list[Any]]:
     """The outputs' data in row-major order."""
     if recipe.task == "regression":
-        return {"value": [round(float(row[0]), DIGITS) for row in logits]}
+        return {"value": values_of(recipe, logits)}
     return {
         "label": [recipe.classes[int(row.argmax())] for row in logits],
         "probabilities": [round(float(share), DIGITS) for share in softmax(logits).ravel()],
@@ -204,13 +207,13 @@ def _flat(values: list[Any], depth: int) -> list[Any]:
     return [each for value in values for each in (_flat(value, depth - 1) if isinstance(value, list) else [value])]
 
 
-def _vectors(tensor: Tensor) -> list[str]:
+def _vectors(tensor: Tensor, width: int) -> list[str]:
     """Rows of numbers as the JSON texts that models of vectors take."""
-    if tensor.datatype not in {"FP32", "FP64"} or len(tensor.shape) != 2:
-        raise _invalid("inputs[0] must be of datatype FP32 and of shape [n, width]")
-    if any(type(each) not in {int, float} for each in tensor.data):
-        raise _invalid("inputs[0].data must hold numbers")
-    count, width = tensor.shape
+    if tensor.datatype not in {"FP32", "FP64"} or tensor.shape[1:] != (width,):
+        raise _invalid(f"inputs[0] must be of datatype FP32 and of shape [n, {width}]")
+    if any(type(each) not in {int, float} or not abs(each) <= LARGEST for each in tensor.data):
+        raise _invalid("inputs[0].data must hold finite numbers that FP32 has room for")
+    count = tensor.shape[0]
     return [json.dumps(list(tensor.data[row * width : (row + 1) * width])) for row in range(count)]
 
 

@@ -82,11 +82,14 @@ class Outbox:
         self._waiting: set[tuple[int, Wire]] = set()
 
     async def drained(self, version: int, wire: Wire) -> None:
-        """Wait for the kernel, or for `cut`."""
+        """Wait for the kernel, or for `cut`. Whoever cannot wait (a server that stops) takes back what is left."""
         entry = (version, wire)
         self._waiting.add(entry)
         try:
             await wire.drained()
+        except asyncio.CancelledError:
+            wire.abort()  # a transport that is closed instead would go on sending, and nothing would count it
+            raise
         finally:
             self._waiting.discard(entry)
 

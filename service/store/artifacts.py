@@ -6,6 +6,7 @@ Rows in `artifact` say what may be opened; this module only moves bytes. Names a
 import fcntl
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 from uuid import uuid4
@@ -51,21 +52,7 @@ class LocalArtifacts:
         """
         path = self._path(name)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{uuid4().hex}.part")
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX)
-            if (path.read_bytes() if path.exists() else None) != expected:
-                raise FileExistsError(f"{name} was replaced by another writer")
-            with aside.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.rename(path)
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-            aside.unlink(missing_ok=True)
+        replace_file(path, data, expected=expected)
 
     def get(self, name: str) -> bytes:
         """The object's bytes, read into memory: a mapped file would outlive its deletion (rule 24).
@@ -94,8 +81,12 @@ class LocalArtifacts:
     def names(self, *, older_than: float) -> list[str]:
         """Every object, unfinished writes included, last touched more than `older_than` seconds ago."""
         limit = time.time() - older_than
-        files = (path for path in self.root.rglob("*") if path.is_file() and path.stat().st_mtime < limit)
-        return sorted(str(path.relative_to(self.root)) for path in files)
+        found: list[str] = []
+        for path in self.root.rglob("*"):
+            with suppress(FileNotFoundError):  # what goes while it is looked at, such as partial tiles, is gone
+                if path.is_file() and path.stat().st_mtime < limit:
+                    found.append(str(path.relative_to(self.root)))
+        return sorted(found)
 
     def names_below(self, prefix: str) -> list[str]:
         """Every finished object whose name begins with a directory."""
@@ -107,6 +98,29 @@ class LocalArtifacts:
         if not path.is_relative_to(self.root.resolve()):
             raise ValueError("an object name may not leave the store")
         return path
+
+
+def replace_file(path: Path, data: bytes, *, expected: bytes | None) -> None:
+    """Put `data` in the place of `expected` (None: of nothing) in one step, whole or not at all.
+
+    Raises:
+        FileExistsError: something else lies there.
+    """
+    aside = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        if (path.read_bytes() if path.exists() else None) != expected:
+            raise FileExistsError(f"{path.name} was replaced by another writer")
+        with aside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+        aside.unlink(missing_ok=True)
 
 
 def open_artifacts(url: str) -> LocalArtifacts:

@@ -42,8 +42,11 @@ WHERE d.model_id = %(model_id)s::bigint AND NOT EXISTS (
     JOIN request_target t ON t.request_id = q.request_id AND t.model_id = %(model_id)s::bigint
     WHERE q.record_id = d.record_id AND t.state = 'received' AND t.deferred_until IS NOT NULL)
 """
+# Also where all its records went out for other requests: a target that waits is ended by the next publication.
 MARK_MODEL: LiteralString = """
 UPDATE model m SET deferring = EXISTS (SELECT FROM deferral d WHERE d.model_id = m.model_id)
+    OR EXISTS (SELECT FROM request_target t
+               WHERE t.model_id = m.model_id AND t.state = 'received' AND t.deferred_until > clock_timestamp())
 WHERE m.model_id = %(model_id)s::bigint
 RETURNING deferring
 """

@@ -86,7 +86,9 @@ SELECT h.size,
 FROM ledger_head h
 """
 ERASE_OPENINGS: LiteralString = "SELECT erase_openings(%(days)s::int, %(most)s::int)"
-FIRST_OPENING: LiteralString = "SELECT min(index) FROM ledger_opening"
+FIRST_OPENING: LiteralString = """
+SELECT min(index) FROM ledger_opening WHERE recorded_at >= clock_timestamp() - make_interval(days => %(days)s::int)
+"""
 
 
 class Waiting(NamedTuple):
@@ -278,12 +280,15 @@ def get_figures(connection: Connection) -> LedgerFigures:
 
 
 def erase_openings(connection: Connection, *, days: int, most: int = 5000) -> int:
-    """Erase openings, and events, that are older than `days`; how many. The leaves stay."""
+    """Erase openings, and events, that are older than `days`; how many. The leaves stay.
+
+    What the certificate of a request that has not ended needs stays, too, until it has.
+    """
     with connection.cursor(row_factory=scalar_row) as cursor:
         return cursor.execute(ERASE_OPENINGS, {"days": days, "most": most}).fetchone() or 0
 
 
-def first_opening(connection: Connection) -> int | None:
-    """The lowest leaf that can still be opened."""
+def first_opening(connection: Connection, *, days: int) -> int | None:
+    """The lowest leaf whose opening is not older than `days`."""
     with connection.cursor(row_factory=scalar_row) as cursor:
-        return cursor.execute(FIRST_OPENING).fetchone()
+        return cursor.execute(FIRST_OPENING, {"days": days}).fetchone()

@@ -4,15 +4,13 @@ A tile's name says what is in it, so it is written once and with the same bytes 
 alone is replaced, under a condition. Openings lie beside the tiles, are nobody's to fetch, and are erased by age.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from uuid import uuid4
 
 from service.evidence.merkle import TILE_WIDTH
 from service.evidence.tiles import CHECKPOINT, Tile, added_tiles, numbered, write_bundle
 from service.evidence.tree_head import TreeHeadError
-from service.store.artifacts import ArtifactMissingError, LocalArtifacts
+from service.store.artifacts import ArtifactMissingError, LocalArtifacts, replace_file
 
 PREFIX = "ledger/"
 OPENINGS = PREFIX + "openings"
@@ -88,7 +86,8 @@ class LedgerFiles:
         try:
             self._artifacts.put(name, data)
         except FileExistsError:
-            if same and self._artifacts.get(name) != data:
+            found = self.read(name.removeprefix(PREFIX)) if same else None
+            if found not in {None, data}:  # None: another program has replaced it by a longer one meanwhile
                 raise TreeHeadError(
                     f"{name} holds other bytes than the database: one of the two was changed. Nothing is signed until"
                     " the newer backup of it is restored"
@@ -111,27 +110,21 @@ def contents(tile: Tile, hashes: Sequence[bytes]) -> bytes:
     return write_bundle(hashes) if tile.level == -1 else b"".join(hashes)
 
 
-def read_high_water(path: Path) -> str | None:
+def read_high_water(path: Path) -> bytes | None:
     """The largest checkpoint that left this machine; None before the first."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except FileNotFoundError:
         return None
 
 
-def write_high_water(path: Path, checkpoint: str) -> None:
-    """Keep a checkpoint apart from database and bucket, whole or not at all: only it shows that both are older."""
-    aside = path.with_name(f".{path.name}.{uuid4().hex}")
+def write_high_water(path: Path, checkpoint: str, *, expected: bytes | None) -> bool:
+    """Keep a checkpoint apart from database and bucket: only it shows that both are older.
+
+    Put in the place of the one that was read, so that it never goes down; False where another writer was first.
+    """
     try:
-        with aside.open("x", encoding="utf-8") as file:
-            file.write(checkpoint)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        replace_file(path, checkpoint.encode(), expected=expected)
+    except FileExistsError:
+        return False
+    return True

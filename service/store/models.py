@@ -105,7 +105,7 @@ class Model:
     rebuild_at: datetime | None
     """When what is missing will be queued; None: nothing waits."""
     deferring: bool
-    """Whether stages serve on that hold a deferred record (`service.store.deferrals`)."""
+    """Whether deletions wait, and stages may serve on that hold a deferred record (`service.store.deferrals`)."""
     reproducible: bool | None
     """Of engine external, whether training a stage twice gave the same bits; None: not tried yet."""
     min_shards: int

@@ -24,9 +24,13 @@ MARK_LIVE: LiteralString = """
 UPDATE artifact SET state = 'live'
 WHERE object_name = ANY(%(object_names)s::text[]) AND state = 'writing'
 """
-LIST_LIVE_DIGESTS: LiteralString = """
-SELECT digest FROM artifact
-WHERE stage_key = %(stage_key)s::text AND kind = 'stage' AND fingerprint = %(fingerprint)s::text AND state = 'live'
+LIST_MADE: LiteralString = """
+SELECT a.digest, a.state = 'live' AS live
+FROM artifact n
+JOIN artifact a ON a.stage_key = n.stage_key AND a.fingerprint = n.fingerprint AND a.kind = 'stage'
+     AND a.state IN ('live', 'lost') AND a.parent_digest IS NOT DISTINCT FROM n.parent_digest
+WHERE n.object_name = %(object_name)s::text
+ORDER BY a.digest, a.object_name
 """
 DOOM: LiteralString = """
 UPDATE artifact SET state = 'doomed', doomed_at = clock_timestamp()
@@ -37,6 +41,16 @@ DOOM_REPLACED: LiteralString = """
 UPDATE artifact SET state = 'doomed', doomed_at = clock_timestamp()
 WHERE cell_id = %(cell_id)s::bigint AND state IN ('writing', 'live') AND object_name IS DISTINCT FROM %(kept)s::text
 RETURNING object_name, digest, stage_key, cell_id
+"""
+# Of a stage whose parent was lost and trained again on another platform, to another digest.
+DOOM_ORPHANS: LiteralString = """
+UPDATE artifact a SET state = 'doomed', doomed_at = clock_timestamp()
+FROM artifact n
+JOIN artifact o ON o.stage_key = n.stage_key AND o.fingerprint = n.fingerprint AND o.kind = 'stage'
+     AND o.state = 'live' AND o.parent_digest IS DISTINCT FROM n.parent_digest
+WHERE n.object_name = %(object_name)s::text
+  AND a.stage_key = o.stage_key AND a.fingerprint = o.fingerprint AND a.state = 'live'
+RETURNING a.object_name, a.digest, a.stage_key, a.cell_id
 """
 DOOM_STAGES: LiteralString = """
 UPDATE artifact SET state = 'doomed', doomed_at = clock_timestamp()
@@ -96,6 +110,15 @@ class Object:
     cell_id: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What training a stage gave before."""
+
+    digest: str
+    live: bool
+    """False: its file is lost."""
+
+
 def insert_writing(
     connection: Connection,
     object_name: str,
@@ -135,10 +158,10 @@ def mark_live(connection: Connection, object_names: Sequence[str]) -> bool:
     return connection.execute(MARK_LIVE, {"object_names": list(object_names)}).rowcount == len(object_names)
 
 
-def list_live_digests(connection: Connection, stage_key: str, fingerprint: str) -> list[str]:
-    """Digests of the stage's live artefacts from one platform: at most one, or retrain-equal is broken."""
-    with connection.cursor(row_factory=scalar_row) as cursor:
-        return cursor.execute(LIST_LIVE_DIGESTS, {"stage_key": stage_key, "fingerprint": fingerprint}).fetchall()
+def list_made(connection: Connection, object_name: str) -> list[Made]:
+    """What training the stage of a written object gave before on its platform and parent: the same, or it is broken."""
+    with connection.cursor(row_factory=class_row(Made)) as cursor:
+        return cursor.execute(LIST_MADE, {"object_name": object_name}).fetchall()
 
 
 def doom(connection: Connection, object_names: Iterable[str], **about: Any) -> list[Object]:
@@ -149,6 +172,11 @@ def doom(connection: Connection, object_names: Iterable[str], **about: Any) -> l
 def doom_replaced(connection: Connection, cell_id: int, *, kept: str | None, **about: Any) -> list[Object]:
     """Doom every file of a locked cell but the one it points at now: those being written have lost their race."""
     return _doomed(connection, DOOM_REPLACED, {"cell_id": cell_id, "kept": kept}, **about)
+
+
+def doom_orphans(connection: Connection, object_name: str, **about: Any) -> list[Object]:
+    """Doom what the written object of a stage replaces: its platform's live artefact that stands on another parent."""
+    return _doomed(connection, DOOM_ORPHANS, {"object_name": object_name}, **about)
 
 
 def doom_stages(connection: Connection, stage_keys: Iterable[str], **about: Any) -> list[Object]:

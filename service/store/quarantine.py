@@ -1,5 +1,6 @@
 """Quarantine: artefacts that leave service as evidence. Nobody opens them; only an erasure destroys them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import LiteralString
 
@@ -13,7 +14,8 @@ from service.store.database import Connection
 QUARANTINE: LiteralString = """
 WITH RECURSIVE below (stage_key, fingerprint, digest) AS (
     SELECT a.stage_key, a.fingerprint, a.digest FROM artifact a
-    WHERE a.stage_key = %(stage_key)s::text AND a.kind = 'stage' AND a.digest = %(digest)s::text AND a.state = 'live'
+    WHERE a.stage_key = %(stage_key)s::text AND a.kind = 'stage' AND a.digest = %(digest)s::text
+      AND a.state IN ('live', 'lost')
     UNION
     SELECT a.stage_key, a.fingerprint, a.digest
     FROM below b
@@ -22,8 +24,14 @@ WITH RECURSIVE below (stage_key, fingerprint, digest) AS (
          AND a.parent_digest = b.digest)
 UPDATE artifact a SET state = 'quarantined'
 FROM below b
-WHERE a.stage_key = b.stage_key AND a.state = 'live' AND a.fingerprint = b.fingerprint
+WHERE a.stage_key = b.stage_key AND a.fingerprint = b.fingerprint
+  AND (a.state = 'live' OR a.state = 'lost' AND a.kind = 'stage')
 RETURNING a.object_name, a.digest, a.stage_key
+"""
+KEEP: LiteralString = """
+UPDATE artifact SET state = 'quarantined'
+WHERE object_name = ANY(%(object_names)s::text[]) AND state = 'writing'
+RETURNING object_name, digest, stage_key
 """
 LIST_BELOW: LiteralString = """
 WITH RECURSIVE below (stage_key) AS (
@@ -58,15 +66,15 @@ def quarantine(connection: Connection, model_id: int, stage_key: str, digest: st
     """
     with connection.cursor(row_factory=class_row(Quarantined)) as cursor:
         found = cursor.execute(QUARANTINE, {"stage_key": stage_key, "digest": digest}).fetchall()
-    for each in found:
-        events.append(
-            connection,
-            EventKind.ARTIFACT_QUARANTINED,
-            model_id=model_id,
-            object_name=each.object_name,
-            digest=each.digest,
-        )
+    _tell(connection, model_id, found)
     return found
+
+
+def keep(connection: Connection, model_id: int, object_names: Sequence[str]) -> None:
+    """Let what was written never serve, and stay as evidence; record each."""
+    with connection.cursor(row_factory=class_row(Quarantined)) as cursor:
+        found = cursor.execute(KEEP, {"object_names": list(object_names)}).fetchall()
+    _tell(connection, model_id, found)
 
 
 def list_below(connection: Connection, stage_key: str) -> list[str]:
@@ -76,7 +84,21 @@ def list_below(connection: Connection, stage_key: str) -> list[str]:
 
 
 def list_digests(connection: Connection, model_id: int, stage_key: str, fingerprint: str) -> list[str]:
-    """Digests that a replay refuted for the stage on that platform: they may not come back before it is released."""
+    """Digests that a replay, or another training, refuted for the stage on that platform.
+
+    They may not come back before an operator's release; where they are two, neither may any other.
+    """
     values = {"model_id": model_id, "stage_key": stage_key, "fingerprint": fingerprint}
     with connection.cursor(row_factory=scalar_row) as cursor:
         return cursor.execute(LIST_DIGESTS, values).fetchall()
+
+
+def _tell(connection: Connection, model_id: int, found: Sequence[Quarantined]) -> None:
+    for each in found:
+        events.append(
+            connection,
+            EventKind.ARTIFACT_QUARANTINED,
+            model_id=model_id,
+            object_name=each.object_name,
+            digest=each.digest,
+        )

@@ -65,6 +65,16 @@ UPDATE replay SET outcome = %(outcome)s::replay_outcome, found = %(found)s::text
        reason = %(reason)s::text, ended_at = clock_timestamp()
 WHERE replay_id = %(replay_id)s::bigint AND token = %(token)s::bigint AND outcome IS NULL
 """
+INSERT_CONTRADICTED: LiteralString = """
+INSERT INTO replay (model_id, stage_key, digest, found, differs_at, fingerprint, platform, drawn_on, outcome,
+                    started_at, ended_at)
+VALUES (%(model_id)s::bigint, %(stage_key)s::text, %(digest)s::text, %(found)s::text, %(stage_key)s::text,
+        %(fingerprint)s::text, %(fingerprint)s::text, current_date, 'mismatch', clock_timestamp(), clock_timestamp())
+ON CONFLICT (model_id, drawn_on, stage_key) DO UPDATE  -- drawn today: whoever is at it finds its token old
+SET digest = EXCLUDED.digest, found = EXCLUDED.found, differs_at = EXCLUDED.differs_at,
+    fingerprint = EXCLUDED.fingerprint, platform = EXCLUDED.platform, outcome = EXCLUDED.outcome, reason = NULL,
+    ended_at = EXCLUDED.ended_at, released_at = NULL, token = replay.token + 1, attempts = greatest(replay.attempts, 1)
+"""
 RELEASE: LiteralString = """
 UPDATE replay SET released_at = clock_timestamp()
 WHERE replay_id = %(replay_id)s::bigint AND model_id = %(model_id)s::bigint AND outcome = 'mismatch'
@@ -187,6 +197,20 @@ def mark_ended(
         "reason": reason,
     }
     return connection.execute(MARK_ENDED, values).rowcount == 1
+
+
+def insert_contradicted(
+    connection: Connection, model_id: int, stage_key: str, *, digest: str, found: str, fingerprint: str
+) -> None:
+    """Note a training that gave another digest than one before on the same platform: a replay that nobody drew."""
+    values = {
+        "model_id": model_id,
+        "stage_key": stage_key,
+        "digest": digest,
+        "found": found,
+        "fingerprint": fingerprint,
+    }
+    connection.execute(INSERT_CONTRADICTED, values)
 
 
 def release(connection: Connection, model_id: int, replay_id: int, actor: str) -> None:

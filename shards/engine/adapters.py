@@ -108,7 +108,7 @@ class Adapters:
                 warnings.filterwarnings("ignore", "fan_in_fan_out")  # it sees a Conv1D and says so
                 return get_peft_model(model, config).base_model.model
         except ValueError as error:
-            raise RecipeError(f"lora.targets {list(lora.targets)} do not fit the backbone: {error}") from None
+            raise RecipeError(f"lora.targets {list(lora.targets)} do not fit the backbone: {error}") from error
 
     def _file(self, name: str, parameter: nn.Parameter) -> None:
         """Sort a parameter into adapters, head or base."""

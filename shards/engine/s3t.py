@@ -90,11 +90,10 @@ class S3T:
         self._adapters.initialise(block, seed)
         before = self._adapters.frozen(block)
         with enough_memory(self.recipe, f"training stage {stage.key[:12]}"):
-            self._fit(block, records, boundary, seed, progress)
+            optimizer = self._fit(block, records, boundary, seed, progress)
         if self._adapters.frozen(block) != before:
             raise ShardsError(f"training stage {stage.key[:12]} moved a frozen tensor; nothing was kept, report this")
-        # Of any B: a query's gradient vanishes exactly where texts are of one token.
-        if records and not any(tensor.any() for name, tensor in block.items() if ".lora_B." in name):
+        if records and not _learnt(block, optimizer):
             raise ShardsError(f"training stage {stage.key[:12]} left its block unmoved; nothing was kept, report this")
         return encode(stage, block | self._adapters.head)
 
@@ -120,8 +119,8 @@ class S3T:
         boundary: int,
         seed: int,
         progress: Progress | None,
-    ) -> None:
-        """Train the block's adapters and the head above `boundary`, with a fresh optimizer."""
+    ) -> torch.optim.Optimizer:
+        """Train the block's adapters and the head above `boundary`, with a fresh optimizer, which is returned."""
         wanted = targets(self.recipe, records)
         self._adapters.unfreeze(block, backbone_dropout=self.recipe.backbone_dropout)
         optimizer = self._optimizer(block)
@@ -138,6 +137,7 @@ class S3T:
                     progress(done, total)
         if not all(tensor.isfinite().all() for tensor in (*block.values(), *self._adapters.head.values())):
             raise DivergedError("training diverged: lower learning_rate or head_learning_rate, as a new recipe")
+        return optimizer
 
     def _step(
         self,
@@ -167,6 +167,17 @@ class S3T:
             {"params": head, "lr": self.recipe.head_learning_rate},
         ]
         return torch.optim.AdamW(groups, weight_decay=self.recipe.weight_decay, fused=True)
+
+
+def _learnt(block: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a B of the block moved, and every other one had a gradient of exactly 0 at each step.
+
+    A query's has where texts are of one token. The optimizer knows no moments of a B that the loss does not reach.
+    """
+    ups = [tensor for name, tensor in block.items() if ".lora_B." in name]
+    still = [optimizer.state.get(tensor) for tensor in ups if not tensor.any()]
+    pulled = [not moments or moments["exp_avg"].any() or moments["exp_avg_sq"].any() for moments in still]
+    return len(still) < len(ups) and not any(pulled)
 
 
 def _ancestors(stage: Stage, parents: Sequence[bytes]) -> list[Artifact]:
