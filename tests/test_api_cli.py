@@ -1,6 +1,7 @@
 """The command line against a real API."""
 
 import json
+import time
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -67,7 +68,9 @@ def test_a_key_makes_one_request(ready: Run, api: Api) -> None:
 
 
 def test_waiting_ends_with_the_state_or_says_what_happened(ready: Run, api: Api) -> None:
-    def later(state: str, outcome: str | None) -> None:
+    def later(count: int, state: str, outcome: str | None) -> None:
+        while api.scalar("SELECT count(*) FROM deletion_request") < count:
+            time.sleep(0.05)
         with api.database() as connection:
             connection.execute(
                 "UPDATE request_target SET state = %s::deletion_state, outcome = %s, version = 1",
@@ -75,12 +78,12 @@ def test_waiting_ends_with_the_state_or_says_what_happened(ready: Run, api: Api)
             )
             connection.execute("UPDATE deletion_request SET state = %s::deletion_state, outcome = %s", (state, outcome))
 
-    timer = Timer(0.5, later, ("completed", "erased"))
+    timer = Timer(0.5, later, (1, "completed", "erased"))
     timer.start()
     code, out, _ = ready("delete", "--subject", "email:a@example.org", "--wait", "deactivated", "--json")
     timer.join()
     assert (code, json.loads(out)["outcome"]) == (0, "erased")
-    timer = Timer(0.5, later, ("failed", None))
+    timer = Timer(0.5, later, (2, "failed", None))
     timer.start()
     code, _, err = ready("delete", "--subject", "email:b@example.org", "--wait", "completed")
     timer.join()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
+import httpx
 import psycopg
 import pytest
 from api_client import Api
@@ -367,11 +368,18 @@ def test_what_was_erased_has_no_proof_any_more(api: Api, database: Database, tmp
         owner.execute("UPDATE event_pending SET created_at = created_at - interval '2 years'")
     settings = api.settings.model_copy(update={"ledger_opening_days": 700})
     sequencer = Sequencer(api.pool, LocalArtifacts(tmp_path / "artifacts"), settings)
-    sequencer.look()
-    sequencer.look_and_publish()
-    sequencer.look()
-    sequencer.look_and_publish()
-    answer = api.client.get(f"/v1/deletion-requests/{request_id}/inclusion-proof")
+
+    def proof() -> httpx.Response:
+        for _ in range(2):
+            sequencer.look()
+            sequencer.erase()
+            sequencer.publish()
+        return api.client.get(f"/v1/deletion-requests/{request_id}/inclusion-proof")
+
+    assert proof().status_code == 200  # a request that has not ended keeps what its certificate is made of
+    with psycopg.connect(database.owner_url) as owner:
+        owner.execute("UPDATE request_target SET state = 'rejected'")
+    answer = proof()
     assert (answer.status_code, "erased when their retention ended" in answer.text) == (404, True)
     first, *_, last = api.client.get("/v1/audit/events").json()["events"]
     assert (first["opening"], first["body"], first["request_id"]) == (None, None, None)

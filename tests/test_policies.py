@@ -1,5 +1,6 @@
 """Rebuild policies: what is trained after a deletion and when; growth; the preview against what is then served."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -22,6 +23,7 @@ from service.store import cells, datasets, grid, jobs, models, payloads, preview
 from service.store.api_keys import Scope
 from service.store.database import transaction
 from service.store.preview import Preview
+from service.store.secrets import Secrets
 from shards.assembly import Assembly
 from shards.engine.interface import inputs_of
 from shards.engine.registry import open_reader
@@ -233,9 +235,13 @@ def learnable(name: str) -> Record:
 def measured(
     database: Database, tmp_path: Path, small_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[World]:
-    """A world whose stages are evaluated."""
+    """A world whose stages are evaluated; the same at each run, since not every partition gives accuracies that differ."""
+    numbers = itertools.count(1)
+    for module in ("datasets", "ingest"):
+        monkeypatch.setattr(f"service.store.{module}.uuid4", lambda: UUID(int=next(numbers)))
     monkeypatch.setattr("world.tiny_record", learnable)
     made = make_world(database, tmp_path, small_backbone, epochs=12, learning_rate=1e-2, head_learning_rate=5e-2)
+    made.secrets = Secrets(bytes(32), bytes(32))
     made.add(SUBJECTS)
     people = made.dataset
     with transaction(made.pool) as connection:
