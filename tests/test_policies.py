@@ -235,7 +235,7 @@ def learnable(name: str) -> Record:
 def measured(
     database: Database, tmp_path: Path, small_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[World]:
-    """A world whose stages are evaluated; the same at each run, since not every partition gives accuracies that differ."""
+    """A world whose stages are evaluated, the same at each run: not every partition gives accuracies that differ."""
     numbers = itertools.count(1)
     for module in ("datasets", "ingest"):
         monkeypatch.setattr(f"service.store.{module}.uuid4", lambda: UUID(int=next(numbers)))
