@@ -11,7 +11,21 @@ from typing import Protocol
 import httpx
 from rich.console import Console
 
-from benchmarks import accuracy, capacity, deactivation, ledger, merged, rebuild, results, ridge, training
+from benchmarks import (
+    accuracy,
+    burst,
+    capacity,
+    deactivation,
+    ensemble,
+    exports,
+    ledger,
+    merged,
+    rebuild,
+    results,
+    ridge,
+    swaps,
+    training,
+)
 from benchmarks.results import BenchmarkError, Measured, Run
 from service.cli.demo.assets import DemoError
 from service.cli.demo.show import Screen
@@ -27,13 +41,17 @@ class Measure(Protocol):
 
 GROUPS: Mapping[str, Measure] = {
     "deactivation": deactivation.measure,
+    "burst": burst.measure,
+    "swaps": swaps.measure,
     "training": training.measure,
+    "ensemble": ensemble.measure,
     "merged": merged.measure,
     "ridge": ridge.measure,
     "accuracy": accuracy.measure,
     "capacity": capacity.measure,
     "rebuild": rebuild.measure,
     "ledger": ledger.measure,
+    "export": exports.measure,
 }
 
 

@@ -21,7 +21,7 @@ from service.standalone.postgres import APP, Postgres, root_identity
 from service.standalone.state import hold
 from service.standalone.supervisor import Supervisor
 from service.store import ledger, migrate
-from service.store.artifacts import LocalArtifacts
+from service.store.artifacts import open_artifacts
 from service.store.database import Pool, make_pool, transaction
 from workers.sequencer import Sequencer
 
@@ -41,11 +41,13 @@ FROM generate_series(1, %s) n
 def measure(screen: Screen, *, full: bool) -> Measured:
     """Number all events, prove some of them, then check the whole log from its files: it must hold."""
     leaves = LEAVES_FULL if full else LEAVES
-    with tempfile.TemporaryDirectory(prefix="expunge-bench-") as home, _postgres(Path(home)) as url:
+    with tempfile.TemporaryDirectory(prefix="expunge-bench-") as home, postgres(Path(home)) as url:
         pool = make_pool(url, size=3, checked=False)
         pool.open()
-        settings = _settings(Path(home), url)
-        artifacts = LocalArtifacts(Path(home, "artifacts"))
+        settings = signing_settings(Path(home), url)
+        file_keys = Path(home, "file-keys")
+        file_keys.mkdir(mode=0o700)
+        artifacts = open_artifacts(Path(home, "artifacts").as_uri(), file_keys.as_uri())
         sequencer = Sequencer(pool, artifacts, settings)
         try:
             with screen.bar(f"numbering {leaves:,} events", leaves) as advance:
@@ -58,7 +60,7 @@ def measure(screen: Screen, *, full: bool) -> Measured:
         finally:
             pool.close()
         key = load_signing_key(settings.keys_dir / "signing.pem").public_key()
-        root, seconds = artifacts.root / "ledger", list[float]()
+        root, seconds = artifacts.files.root / "ledger", list[float]()
         with screen.bar("checking the whole log", CHECKS) as advance:
             for _ in range(CHECKS):
                 began = time.perf_counter()
@@ -118,7 +120,8 @@ def _prove(pool: Pool, leaves: int, advance: Callable[[float], None]) -> float:
     return median(seconds)
 
 
-def _settings(home: Path, url: str) -> Settings:
+def signing_settings(home: Path, url: str) -> Settings:
+    """Settings of programs that sign, with a key of their own in `home`."""
     keys = home / "keys"
     keys.mkdir(mode=0o700)
     pem = keys / "signing.pem"
@@ -136,7 +139,7 @@ def _reader(directory: Path) -> Callable[[str], bytes | None]:
 
 
 @contextmanager
-def _postgres(home: Path) -> Generator[str]:
+def postgres(home: Path) -> Generator[str]:
     """The embedded Postgres as `expunge up` runs it, durable, with a migrated database; the programs' URL."""
     with hold(home / "state") as state:
         server = Postgres(state.postgres, state.sockets, root_identity())

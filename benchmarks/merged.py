@@ -8,14 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import children, data
+from benchmarks import adapters, children, data
 from benchmarks.data import Shard
 from benchmarks.results import Measured
 from service.cli.demo.show import Screen
-from shards import merged
-from shards.assembly import Assembly, Member
-from shards.digest import sha256_hex
-from shards.engine.registry import open_reader, open_trainer
+from shards.assembly import Assembly
+from shards.merged import Tensors
 from shards.recipe import Recipe
 
 RECORDS = 100
@@ -74,34 +72,24 @@ def measure(screen: Screen, *, full: bool) -> Measured:
 
 def compare(job: Job) -> Ratios:
     """In a process of its own: train a full-depth stage of each shard, and time both adapters."""
-    trainer = open_trainer(job.recipe)
-    reader = open_reader(job.recipe, trainer=trainer)
-    lines: list[list[bytes]] = []
-    members: list[Member] = []
-    for shard in job.shards:
-        made: list[bytes] = []
-        for stage in shard.chain(job.recipe, job.recipe.slice_orders[0]):
-            made.append(trainer.train(stage, shard.read_by(stage), made))
-            reader.load(sha256_hex(made[-1]), made[-1])
-        members.append(Member(stage.key, stage.prefix, tuple(map(sha256_hex, made))))
-        lines.append(made)
+    trained = adapters.train(job.recipe, job.shards)
     digest = job.recipe.digest
-    one = reader.build(Assembly(digest, tuple(members[:1])))
-    whole = reader.build(Assembly(digest, tuple(members), "merged"))
+    one = trained.reader.build(Assembly(digest, trained.members[:1]))
+    whole = trained.reader.build(Assembly(digest, trained.members, "merged"))
     here: dict[int, float] = {}
     for size in BATCHES:
         texts = job.texts[:size]
         here[size] = _ratio(lambda: one.logits(texts), lambda: whole.logits(texts), job.repeats)  # noqa: B023
         children.tick()
-    return Ratios(_by_peft(job, lines), here)
+    return Ratios(_by_peft(job, trained.lines), here)
 
 
-def _by_peft(job: Job, lines: Sequence[Sequence[bytes]]) -> dict[int, float]:
+def _by_peft(job: Job, lines: Sequence[Sequence[Tensors]]) -> dict[int, float]:
     from transformers import AutoTokenizer  # noqa: PLC0415 - in the child only
 
     with TemporaryDirectory() as directory:
         models = [
-            _loaded(job.recipe, [[merged.tensors_of(each) for each in line] for line in some], Path(directory, name))
+            adapters.load(job.recipe, some, Path(directory, name))
             for name, some in (("one", lines[:1]), ("merged", lines))
         ]
     tokenizer = AutoTokenizer.from_pretrained(job.recipe.pretrained.source, local_files_only=True)
@@ -116,18 +104,6 @@ def _by_peft(job: Job, lines: Sequence[Sequence[bytes]]) -> dict[int, float]:
     return found
 
 
-def _loaded(recipe: Recipe, lines: Sequence[Sequence[merged.Tensors]], directory: Path) -> Any:
-    from peft import PeftModel  # noqa: PLC0415
-    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415
-
-    tensors = merged.merge(lines, merged.lora_scale(recipe))
-    directory.mkdir()
-    (directory / "adapter_model.safetensors").write_bytes(merged.adapter_bytes(tensors))
-    (directory / "adapter_config.json").write_bytes(merged.adapter_config(recipe, tensors))
-    base = AutoModelForSequenceClassification.from_pretrained(recipe.pretrained.source, num_labels=len(recipe.classes))
-    return PeftModel.from_pretrained(base, str(directory)).eval()
-
-
 def _asking(model: Any, tokens: Any) -> Callable[[], object]:
     import torch  # noqa: PLC0415
 
@@ -140,7 +116,8 @@ def _asking(model: Any, tokens: Any) -> Callable[[], object]:
 
 def _ratio(one: Callable[[], object], whole: Callable[[], object], repeats: int) -> float:
     """Median time of the one over that of the other, alternately taken, the first of each outside the clock."""
-    one(), whole()
+    one()
+    whole()
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for ask, kept in ((one, times[0]), (whole, times[1])):

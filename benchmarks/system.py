@@ -36,11 +36,15 @@ def running(home: Path, *, trainers: int) -> Generator[tuple[Stack, Calls]]:
 
 
 def train(stack: Stack, calls: Calls, reviews: Sequence[Review], recipe: Mapping[str, Any], update: Update) -> None:
-    """Declare dataset and model, upload, and wait until every stage is trained and served."""
+    """Declare dataset and model, upload, and wait until every stage is trained and served.
+
+    What deletions take from it is trained back no sooner than their due date asks for.
+    """
     grid = {name: recipe[name] for name in ("shards", "slices", "classes")}
     calls.post("/v1/datasets", {"name": DATASET, **grid})
     calls.upload(DATASET, reviews, lambda _lines: None)
-    calls.post("/v1/models", {"name": MODEL, "dataset": DATASET, "recipe": recipe})
+    policy = {"kind": "by_deadline"}
+    calls.post("/v1/models", {"name": MODEL, "dataset": DATASET, "recipe": recipe, "rebuild": policy})
     calls.post(f"/v1/models/{MODEL}/rebuild")
 
     def trained() -> bool:

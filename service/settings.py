@@ -21,7 +21,12 @@ class Settings(BaseSettings):
     redis_url: str = ""
     """`redis://host:port/db` or `unix:///path?db=0`. A doorbell only: it may lose everything."""
     artifact_url: str = ""
-    """`file:///directory` of the artefact store."""
+    """`file:///directory` or `s3://bucket/prefix` of the artefact store."""
+    file_keys_url: str = ""
+    """`file:///directory` (mode 0700) of the key store: one key for each file of the artefact store, kept elsewhere."""
+    file_key_backup_days: int | None = Field(default=None, ge=0)
+    """How long any backup of the key store is kept: after an erasure, the longest that a copy of a file may still be
+    readable. 0: the key store is not backed up. None: not stated, which certificates say."""
     keys_dir: Path = Path("keys")
     """Directory (mode 0700) of the signing key, the pepper and the partition key."""
     api_url: str = "http://127.0.0.1:8700"
@@ -37,6 +42,11 @@ class Settings(BaseSettings):
     Postgres before every replica answers 503 (protocol.md, rule 9)."""
     lease_margin_ms: int = Field(default=300, ge=1)
     """What two monotonic clocks may drift apart over one TTL, and the barrier's reserve (assumption A1)."""
+    upstream_key: str = ""
+    """The bearer token that `expunge proxy` sends to the server behind it, where that asks for one."""
+    drain_ms: int = Field(default=2000, ge=0)
+    """How long a server that was asked to stop answers on while `/readyz` says 503: longer than it takes a load
+    balancer to notice. 0 where none is in front."""
     upload_limit_bytes: int = Field(default=512 * 2**20, ge=1)
     """The largest body of one records upload."""
     record_limit_bytes: int = Field(default=2**20, ge=1)
@@ -54,6 +64,11 @@ class Settings(BaseSettings):
     """The file that keeps the largest tree head, on another disk than database and bucket; else in `keys_dir`."""
     ledger_opening_days: int = Field(default=1096, ge=30)
     """How long events and what opens their leaves are kept; afterwards a leaf says a kind and a time."""
+
+    certificate_days: int | None = Field(default=None, ge=30)
+    """How long certificates are kept; None: for good. Their holders keep theirs, and the ledger its digest."""
+    do_not_train_days: int | None = Field(default=None, ge=1)
+    """How long a subject stays on the do-not-train list; None: for good. Afterwards the entry is erased."""
 
     @property
     def listen_url(self) -> str:

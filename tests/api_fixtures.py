@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from api_client import Api, Run, serving, write_keys
+from key_store import file_keys
 
 from service.cli.main import main
 from service.settings import Settings
@@ -24,6 +25,7 @@ def api_settings(database: Any, valkey: str, tmp_path: Path) -> Settings:
         database_url=database.app_url,
         redis_url=valkey,
         artifact_url=(tmp_path / "artifacts").as_uri(),
+        file_keys_url=file_keys(tmp_path / "artifacts"),
         keys_dir=write_keys(tmp_path / "keys"),
         record_limit_bytes=2**20,
     )

@@ -8,14 +8,26 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from certificate_ledger import with_ledger
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from service.evidence.certificate import PAYLOAD_TYPE, build
 from service.evidence.dsse import sign
 from service.evidence.keys import public_pem
-from service.evidence.rows import CellRow, Evidence, ObjectRow, RecordRow, ReplicaRow, TimeRow
+from service.evidence.rows import (
+    CellRow,
+    Evidence,
+    LedgerRows,
+    ManifestRow,
+    ObjectRow,
+    PlatformRow,
+    RecordRow,
+    ReplayRow,
+    ReplicaRow,
+    TimeRow,
+)
 from shards.assembly import Assembly, Member
-from shards.digest import canonical, sha256_hex
+from shards.digest import canonical, digest_of, sha256_hex
 from shards.merkle import root
 from shards.stages import CellRoot, Stage, chain
 
@@ -26,13 +38,27 @@ RECIPE = sha256_hex(b"recipe")
 START = datetime(2026, 11, 22, 9, 0, tzinfo=UTC)
 HURT = (0, 1)
 """The cell that held the deleted record."""
-RECORD = bytes(range(32))
+RECORD = bytes.fromhex(sha256_hex(b"record"))
+PLATFORM = {"dtype": "float32", "isa": "avx2"}
+EMPTY = LedgerRows(checkpoint="", entries=())
+"""In the place of a ledger's rows until `with_ledger` has made them."""
+
+
+def commitments(shard: int, part: int, *, deleted: bool = False, generation: int = 1) -> tuple[bytes, ...]:
+    """A cell's manifest, with the deleted record or without."""
+    others = [bytes.fromhex(sha256_hex(f"{shard}/{part}/{i}".encode())) for i in range(3 * generation)]
+    return tuple(sorted([*others, RECORD] if deleted else others))
 
 
 def manifest(shard: int, part: int, *, deleted: bool = False, generation: int = 1) -> str:
-    """Root of a cell's manifest, with the deleted record or without."""
-    others = [f"{shard}/{part}/{i}".encode() for i in range(generation)]
-    return root(sorted([*others, RECORD] if deleted else others)).hex()
+    """Its root."""
+    return root(commitments(shard, part, deleted=deleted, generation=generation)).hex()
+
+
+def manifest_row(shard: int, part: int, *, deleted: bool = False, generation: int = 1) -> ManifestRow:
+    """It as a certificate's writer reads it."""
+    found = commitments(shard, part, deleted=deleted, generation=generation)
+    return ManifestRow(shard=shard, slice=part, root=root(found).hex(), commitments=found)
 
 
 def artifact_digest(stage: Stage) -> str:
@@ -79,7 +105,8 @@ def sample() -> Evidence:
         )
         for i, stage in enumerate(tainted)
     )
-    return Evidence(
+    fingerprint = digest_of(PLATFORM)
+    evidence = Evidence(
         request_id=UUID(int=7),
         kind="erase",
         regime="gdpr",
@@ -101,7 +128,7 @@ def sample() -> Evidence:
         tainted_objects=objects,
         touched=tuple(CellRoot(*HURT, held_root) for held_root in held),
         cells=(CellRow(shard=0, slice=1, before=held[1], after=manifest(*HURT, generation=2)),),
-        records=(RecordRow(record_id=UUID(int=99), commitment=RECORD),),
+        records=(RecordRow(record_id=UUID(int=99), commitment=RECORD, shard=HURT[0], slice=HURT[1]),),
         payloads=tuple(
             ObjectRow(
                 object_name=f"cells/{held_root}/{UUID(int=generation)}.parquet",
@@ -109,7 +136,7 @@ def sample() -> Evidence:
                 shard=HURT[0],
                 slice=HURT[1],
                 destroyed_at=at(50 + generation),
-                absent_at=at(50 + generation),
+                absent_at=at(80),
             )
             for generation, held_root in enumerate(held)
         ),
@@ -128,11 +155,27 @@ def sample() -> Evidence:
             ReplicaRow(process_id=UUID(int=2), covers=4, how="fenced_by_expiry", at=at(12), freed=False),
             ReplicaRow(process_id=UUID(int=3), covers=4, how="ended", at=at(9), freed=True, freed_at=at(9)),
         ),
-        platforms=("avx2",),
+        manifests=(
+            manifest_row(*HURT, deleted=True, generation=1),
+            manifest_row(*HURT, deleted=True, generation=2),
+            manifest_row(*HURT, generation=2),
+        ),
+        platforms=(PlatformRow(fingerprint=fingerprint, fields=PLATFORM, stages=tuple(s.key for s in served)),),
+        replays=(
+            ReplayRow(
+                stage=served[0].key,
+                digest=artifact_digest(served[0]),
+                outcome="equal",
+                at=at(-5000),
+                platform=fingerprint,
+            ),
+        ),
+        ledger=EMPTY,
         tool_version="0.1.0",
         issued_at=at(90),
-        backup_retention_days=35,
+        key_backup_days=35,
     )
+    return with_ledger(evidence)
 
 
 def restricted() -> Evidence:
@@ -140,9 +183,10 @@ def restricted() -> Evidence:
     erased = sample()
     alive = tuple(replace(row, destroyed_at=None, absent_at=None) for row in erased.tainted_objects)
     times = tuple(row for row in erased.times if row.state != "erasing")
-    return replace(
+    made = replace(
         erased, kind="restrict", outcome="restricted", tainted_objects=alive, cells=(), payloads=(), times=times
     )
+    return with_ledger(made)
 
 
 def resigned(tamper: Callable[[dict[str, Any]], None], evidence: Evidence | None = None) -> dict[str, Any]:
@@ -178,6 +222,8 @@ def other(value: Any) -> Any:
         return "0" * 64
     if re.fullmatch(r"[0-9a-f]{64}", value):
         return f"{int(value, 16) ^ 1:064x}"
+    if re.fullmatch(r".*T.*\.[0-9]{6}Z", value):  # a time, a microsecond away
+        return f"{value[:-2]}{(int(value[-2]) + 1) % 10}Z"
     return value[:-1] + ("0" if value[-1] != "0" else "1")
 
 

@@ -13,13 +13,14 @@ import psycopg
 from conftest import Database
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from key_store import file_keys, open_local
 
 from service.evidence.events import EventKind
 from service.evidence.keys import load_signing_key, public_pem
 from service.evidence.ledger_check import Report, check
 from service.settings import Settings
 from service.store import events
-from service.store.artifacts import LocalArtifacts
+from service.store.artifacts import Artifacts
 from service.store.database import Connection, Pool, make_pool, transaction
 from workers.sequencer import Sequencer
 
@@ -40,7 +41,7 @@ class Ledger:
     directory: Path
     settings: Settings
     pool: Pool
-    artifacts: LocalArtifacts
+    artifacts: Artifacts
     sequencer: Sequencer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,6 +59,10 @@ class Ledger:
     @property
     def key(self) -> Ed25519PublicKey:
         return load_signing_key(self.settings.keys_dir / "signing.pem").public_key()
+
+    def forget_files(self) -> None:
+        """As if nothing had been published: what a restore does before it writes the files again."""
+        self.as_owner("UPDATE vetting SET published = 0")
 
     @property
     def checkpoint(self) -> str:
@@ -128,12 +133,15 @@ def fetcher(directory: Path) -> Any:
 def open_ledger(database: Database, directory: Path) -> Iterator[Ledger]:
     write_signing_key(directory / "keys")
     settings = Settings(
-        database_url=database.app_url, artifact_url=f"file://{directory}/artifacts", keys_dir=directory / "keys"
+        database_url=database.app_url,
+        artifact_url=f"file://{directory}/artifacts",
+        keys_dir=directory / "keys",
+        file_keys_url=file_keys(directory / "artifacts"),
     )
     pool = make_pool(database.app_url, size=8, checked=False)
     pool.open()
     try:
-        yield Ledger(database, directory, settings, pool, LocalArtifacts(directory / "artifacts"))
+        yield Ledger(database, directory, settings, pool, open_local(directory / "artifacts"))
     finally:
         pool.close()
 

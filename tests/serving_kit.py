@@ -19,11 +19,11 @@ from typing import Any
 import httpx
 import numpy as np
 import psycopg
+from key_store import file_keys, open_local
 
 from service.serving.__main__ import Program, run
 from service.settings import Settings
 from service.store import api_keys, cells, models, objects, publish
-from service.store.artifacts import open_artifacts
 from shards.assembly import Assembly, Member
 from shards.digest import canonical, sha256_hex
 from shards.errors import ArtifactDigestError, ShardsError
@@ -40,7 +40,17 @@ class Tensor:
         self.weight = weight
 
 
-class ToyPredictor:
+class Plain:
+    """What a predictor needs beside its `logits`: every input runs at one length, as it is."""
+
+    def encode(self, inputs: Sequence[Any]) -> list[tuple[int, Any]]:
+        return [(0, each) for each in inputs]
+
+    def infer(self, encoded: Sequence[Any]) -> Logits:
+        return self.logits(encoded)  # type: ignore[attr-defined]  # the subclass's
+
+
+class ToyPredictor(Plain):
     """Logits (0, w * length of the text), w the mean weight: every assembly answers differently."""
 
     def __init__(self, tensors: Sequence[Tensor], pace: float) -> None:
@@ -126,7 +136,7 @@ class Toy:
         key = key or sha256_hex(f"{self.name} {name}".encode())
         digest = sha256_hex(data)
         object_name = f"stages/{key}/{digest}/{uuid.uuid4()}"
-        open_artifacts(self.artifacts.as_uri()).put(object_name, data)
+        open_local(self.artifacts).put(object_name, data)
         with self.connect() as connection:
             connection.execute(
                 "insert into stage (stage_key, model_id, shard, prefix, roots) values (%s, %s, %s, %s, %s)",
@@ -192,15 +202,22 @@ class Toy:
             return [row[0] for row in connection.execute(query, (kind,))]
 
     def settings(self, **changes: Any) -> Settings:
-        values = {"lease_ttl_ms": 600} | changes
-        return Settings(database_url=self.app_url, artifact_url=self.artifacts.as_uri(), **values)
+        values = {"lease_ttl_ms": 600, "drain_ms": 0} | changes
+        return Settings(
+            database_url=self.app_url,
+            artifact_url=self.artifacts.as_uri(),
+            file_keys_url=file_keys(self.artifacts),
+            **values,
+        )
 
     def environment(self, **changes: Any) -> Mapping[str, str]:
         values = self.settings(**changes)
         return {
             "EXPUNGE_DATABASE_URL": values.database_url,
             "EXPUNGE_ARTIFACT_URL": values.artifact_url,
+            "EXPUNGE_FILE_KEYS_URL": values.file_keys_url,
             "EXPUNGE_LEASE_TTL_MS": str(values.lease_ttl_ms),
+            "EXPUNGE_DRAIN_MS": str(values.drain_ms),
         }
 
 

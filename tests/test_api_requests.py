@@ -13,7 +13,7 @@ from psycopg.types.json import Jsonb
 from service.evidence.events import FIELDS, EventKind
 from service.store.api_keys import Scope
 from service.store.secrets import read_secrets
-from shards.digest import keyed
+from shards.digest import canonical, keyed
 
 pytest_plugins = ("api_fixtures",)
 pytestmark = pytest.mark.integration
@@ -227,7 +227,21 @@ def test_a_certificate_is_given_as_stored(ready: Api) -> None:
     several = ready.client.get(path)
     assert several.status_code == 409
     assert "sentiment, second" in several.json()["detail"]
-    assert ready.client.get(path, params={"model": "second"}).json() == envelope
+    assert ready.client.get(path, params={"model": "second"}).content == canonical(envelope)
+    more = f"{path}/supplements"
+    assert ready.client.get(more).status_code == 409
+    assert ready.client.get(more, params={"model": "second"}).json()["supplements"] == []
+    with ready.database() as connection:
+        connection.execute(
+            "INSERT INTO certificate_supplement (request_id, model_id, number, envelope, digest, issued_at)"
+            " SELECT request_id, model_id, number, %s, %s, now()"
+            " FROM certificate, generate_series(1, 2) number ORDER BY number DESC",
+            (Jsonb(envelope), "1" * 64),
+        )
+    listed = ready.client.get(more, params={"model": "second"}).json()
+    assert (listed["certificate"], listed["model"]) == ("0" * 64, "second")
+    shown = [(each["number"], each["digest"], each["envelope"]) for each in listed["supplements"]]
+    assert shown == [(1, "1" * 64, envelope), (2, "1" * 64, envelope)]
     assert ready.client.get(path, params={"model": "third"}).status_code == 404
 
 

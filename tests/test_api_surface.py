@@ -9,6 +9,7 @@ import httpx
 import pytest
 import redis
 from api_client import RECIPE, Api, line, serving, write_keys
+from key_store import file_keys
 
 from service.api.doorbell import Doorbell, Task
 from service.settings import Settings
@@ -28,9 +29,11 @@ ROUTES = [
     ("GET", f"/v1/deletion-requests/{UUID(int=1)}", Scope.DELETION_READ),
     ("GET", f"/v1/deletion-requests/{UUID(int=1)}/events", Scope.AUDIT_READ),
     ("GET", f"/v1/deletion-requests/{UUID(int=1)}/certificate", Scope.AUDIT_READ),
+    ("GET", f"/v1/deletion-requests/{UUID(int=1)}/certificate/supplements", Scope.AUDIT_READ),
     ("GET", f"/v1/deletion-requests/{UUID(int=1)}/inclusion-proof", Scope.AUDIT_READ),
     ("POST", f"/v1/deletion-requests/{UUID(int=1)}/retry", Scope.DELETION_APPROVE),
     ("GET", "/v1/audit/events", Scope.AUDIT_READ),
+    ("GET", "/v1/audit/export?format=csv", Scope.AUDIT_READ),
     ("GET", "/v1/audit/log/checkpoint", Scope.AUDIT_READ),
     ("GET", "/v1/audit/log/tile/0/000", Scope.AUDIT_READ),
     ("POST", "/v1/datasets", Scope.DATA_WRITE),
@@ -188,7 +191,8 @@ def test_without_postgres_calls_are_503_and_the_program_lives(tmp_path: Path, va
     settings = Settings(
         database_url=f"postgresql:///x?host={tmp_path}&user=x",
         redis_url=valkey,
-        artifact_url=tmp_path.as_uri(),
+        artifact_url=(tmp_path / "artifacts").as_uri(),
+        file_keys_url=file_keys(tmp_path / "artifacts"),
         keys_dir=write_keys(tmp_path / "keys"),
     )
     with serving(settings) as url:

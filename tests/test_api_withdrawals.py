@@ -17,6 +17,7 @@ from service.store.database import transaction
 from workers import steps
 from workers.barrier import Barrier
 from workers.context import Context
+from workers.sequencer import Sequencer
 
 pytest_plugins = ("api_fixtures",)
 pytestmark = pytest.mark.integration
@@ -43,7 +44,9 @@ def work(ready: Api) -> Context:
     path = ready.settings.keys_dir / "signing.pem"
     path.touch(mode=0o600)
     path.write_bytes(pem)
-    return Context(ready.settings, ready.pool, open_artifacts(ready.settings.artifact_url), Bells())  # type: ignore[arg-type]
+    return Context(
+        ready.settings, ready.pool, open_artifacts(ready.settings.artifact_url, ready.settings.file_keys_url), Bells()
+    )  # type: ignore[arg-type]
 
 
 def finish(work: Context, request: dict[str, Any], *, only_deactivate: bool = False) -> None:
@@ -53,6 +56,9 @@ def finish(work: Context, request: dict[str, Any], *, only_deactivate: bool = Fa
     Barrier(work.pool, margin=0.05).look()
     if not only_deactivate:
         steps.erase_target(work, request["request_id"], model_id)
+        sequencer = Sequencer(work.pool, work.artifacts, work.settings)
+        sequencer.sequence()
+        sequencer.publish()
         steps.certify_target(work, request["request_id"], model_id)
 
 

@@ -4,7 +4,9 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -12,15 +14,15 @@ from world_copies import Copy
 
 from service.store import barrier as store
 from service.store import leases, models
-from service.store.barrier import LeaseRow, Waiting
-from service.store.database import transaction
+from service.store.barrier import LeaseRow, Server, Waiting
+from service.store.database import Connection, transaction
 from service.store.leases import Beat
 from workers import steps
 from workers.barrier import Barrier, Clocks
 
 pytest_plugins = ("world_fixtures",)
 A, B = UUID(int=1), UUID(int=2)
-FIRST = datetime(2026, 1, 1, tzinfo=UTC)
+FIRST = Server(1, "00000001", datetime(2026, 1, 1, tzinfo=UTC), "0/1")
 
 
 def row(covers: int, *, beats: int = 0, process_id: UUID = A, model_id: int = 1, ttl_ms: int = 1000) -> LeaseRow:
@@ -30,7 +32,7 @@ def row(covers: int, *, beats: int = 0, process_id: UUID = A, model_id: int = 1,
 @pytest.fixture
 def clocks() -> Clocks:
     found = Clocks(margin=0.1)
-    found.saw_postmaster(FIRST, -100.0)
+    found.saw_server(FIRST, -100.0)
     return found
 
 
@@ -66,18 +68,43 @@ def test_models_have_timers_of_their_own(clocks: Clocks) -> None:
     assert clocks.floors == {(1, 2): 0.0, (2, 2): 1.0}
 
 
-def test_another_postmaster_resets_everything(clocks: Clocks) -> None:
-    """Rule 10: with the old one acknowledgements may have been lost."""
+@pytest.mark.parametrize(
+    "change",
+    [{"system_identifier": 2}, {"timeline": "00000002"}, {"started": FIRST.started + timedelta(seconds=1)}],
+    ids=["another cluster", "failover", "restart"],
+)
+def test_another_postgres_resets_everything(clocks: Clocks, change: dict[str, Any]) -> None:
+    """Rule 10: with the old one acknowledgements, and after a restore whole rows, may have been lost."""
     clocks.saw_leases([row(1)], 0.0)
     clocks.saw_floors([Waiting(1, 2, 1)], 0.0)
     assert clocks.trusts_acknowledgements([row(2)], 0.5)
-    clocks.saw_postmaster(FIRST, 0.5)
+    clocks.saw_server(FIRST, 0.5)
     assert (1, 2) in clocks.floors
-    clocks.saw_postmaster(FIRST + timedelta(seconds=1), 0.9)
+    clocks.saw_server(replace(FIRST, **change), 0.9)
     assert (clocks.floors, clocks.processes) == ({}, {})
     longer = [row(2), row(2, process_id=B, ttl_ms=3000)]
     assert [clocks.trusts_acknowledgements(longer, now) for now in (0.9, 3.99, 4.01)] == [False, False, True]
-    assert clocks.trusts_acknowledgements([], 0.9)
+
+
+def test_a_restored_postgres_may_lack_the_row_of_a_process_that_runs() -> None:
+    """Rule 10: no row at all is no proof that nobody holds a lease, until the longest lease has passed."""
+    clocks = Clocks(margin=0.1, ttl=2.0)
+    clocks.saw_server(FIRST, 0.0)
+    assert [clocks.trusts_acknowledgements([], now) for now in (0.0, 2.09, 2.11)] == [False, False, True]
+    assert not clocks.trusts_acknowledgements([row(2, ttl_ms=3000)], 2.11)
+    clocks.saw_server(replace(FIRST, system_identifier=2), 9.0)
+    assert not clocks.trusts_acknowledgements([], 11.0)
+
+
+def test_after_a_checkpoint_silence_is_counted_anew(clocks: Clocks) -> None:
+    """It may be the one after a crash, which loses heartbeats (rule 12) but neither floors nor acknowledgements."""
+    clocks.saw_leases([row(1)], 0.0)
+    clocks.saw_floors([Waiting(1, 2, 1)], 0.0)
+    clocks.saw_server(replace(FIRST, checkpoint="0/2"), 0.9)
+    clocks.saw_leases([row(1)], 0.9)
+    assert clocks.floors == {(1, 2): 0.0}
+    assert clocks.trusts_acknowledgements([row(1)], 0.9)
+    assert [clocks.is_silent(row(1), now) for now in (1.2, 1.99, 2.01)] == [False, False, True]
 
 
 class Watch:
@@ -90,7 +117,7 @@ class Watch:
     def new(self) -> Barrier:
         made = Barrier(self.world.pool, margin=0.05)
         with transaction(self.world.pool) as connection:
-            made._clocks.saw_postmaster(store.look(connection)[0], -1e9)
+            made._clocks.saw_server(store.look(connection)[0], -1e9)
         return made
 
     def start(self, covers: int, *, ttl_ms: int = 60_000, model_id: int | None = None) -> UUID:
@@ -247,3 +274,37 @@ def test_a_process_that_renews_at_the_last_moment_is_not_ended(watch: Watch, wor
         assert store.declare(connection, world.model_id, 2, expired={process_id: 0}) is None
         assert store.declare(connection, world.model_id, 2, expired={process_id: 2}) is not None
     assert watch.beat(process_id, 2).ended
+
+
+@pytest.mark.integration
+def test_what_was_seen_before_a_crash_neither_declares_nor_ends(
+    watch: Watch, world: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Postgres may go down between the look and the declaration, and come back without the newest heartbeats."""
+    process_id = watch.start(1)
+    watch.deactivate()
+    watch.beat(process_id, 2)
+    real = store.look
+
+    def other(connection: Connection) -> tuple[Server, list[Waiting], list[LeaseRow]]:
+        server, waiting, rows = real(connection)
+        return replace(server, checkpoint="0/1"), waiting, rows
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "look", other)
+        assert watch.barrier.look()
+        watch.barrier._clocks.processes[process_id].since = -1e9
+        assert watch.barrier.look()
+    assert world.rows("SELECT process_id FROM lease WHERE ended_at IS NOT NULL") == []
+    assert world.bounds() == (2, 2, 0)
+    assert not watch.barrier.look()
+    assert world.bounds() == (2, 2, 2)
+
+
+@pytest.mark.integration
+def test_a_barrier_of_a_restored_postgres_waits_for_leases_without_a_row(watch: Watch, world: Copy) -> None:
+    watch.deactivate()
+    began = time.monotonic()
+    watch.until_declared(Barrier(world.pool, margin=0.05, ttl=0.4), {})
+    assert time.monotonic() - began > 0.44
+    assert world.bounds() == (2, 2, 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from certificate_ledger import with_ledger
 from certificate_sample import KEY, OTHER_KEY, PEM, at, restricted, sample, schema_of
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -22,13 +23,13 @@ from cryptography.hazmat.primitives.serialization import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.evidence import certificate, dsse, form, wording
+from service.evidence import certificate, dsse, form, stated, supplement, wording
 from service.evidence.keys import KeyFileError, keyid, load_public_key, load_signing_key, public_pem
 from service.evidence.opening import Case
 from service.evidence.verify import verify
 from shards.digest import canonical, sha256_hex
 
-SCHEMA = Path(__file__).parent.parent / "docs" / "schemas" / "deletion-certificate-v1.json"
+SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
 DOCS = Path(__file__).parent.parent / "docs" / "certificate.md"
 TYPE = certificate.PAYLOAD_TYPE
 
@@ -132,7 +133,7 @@ def test_an_honest_certificate_passes_every_check() -> None:
     for evidence in (sample(), restricted()):
         checks = verify(certificate.issue(evidence, KEY), PEM)
         assert all(check.passed for check in checks), checks
-        assert len(checks) == 17
+        assert len(checks) == 24
         assert {check.strength for check in checks} == {form.SIGNED, form.OFFLINE, form.REDERIVED}
 
 
@@ -172,27 +173,38 @@ def test_a_backbone_that_holds_subjects_refuses_the_claims_about_influence() -> 
     assert "not claimed" in said
 
 
-def test_unconfirmed_memory_is_an_open_item_and_retention_is_stated() -> None:
-    body = certificate.build(replace(sample(), open_items=(("late_sweep", "not yet made"),)))["predicate"]
-    assert [item["code"] for item in body["open_items"]] == ["memory_release_not_confirmed", "late_sweep"]
-    assert body["open_items"][0]["detail"].endswith("0002")
+def test_what_is_open_is_named_with_its_end() -> None:
+    body = certificate.build(replace(sample(), exports=(("an-export", "handed out"),)))["predicate"]
+    assert [item["code"] for item in body["open_items"]] == [
+        "memory_release_not_confirmed",
+        "export_not_withdrawn",
+        "late_upload_sweeps",
+        "backups",
+    ]
+    assert body["open_items"][0]["name"].endswith("0002")
+    assert body["open_items"][2]["until"] == "2026-11-23T09:00:00.090000Z"
+    assert body["open_items"][3]["until"] == "2026-12-27T09:00:00.090000Z"
     assert "35 days" in json.dumps(body["assumptions"])
-    silent = certificate.build(replace(sample(), backup_retention_days=None))["predicate"]
+    silent = certificate.build(replace(sample(), key_backup_days=None))["predicate"]
     assert "states no retention" in json.dumps(silent["assumptions"])
+    assert silent["open_items"][-1]["until"] is None
+    assert [item["code"] for item in certificate.build(restricted())["predicate"]["open_items"]] == [
+        "memory_release_not_confirmed"
+    ]
 
 
 def test_a_first_deactivation_with_nothing_served_before_passes() -> None:
     first = replace(sample(), version_before=0, assembly_before=None)
     assert refused(certificate.issue(first, KEY)) == []
     nothing_left = {**sample().assembly_after, "members": [None, None]}
-    empty = replace(first, assembly_after=nothing_left, served_stages=())
+    empty = with_ledger(replace(first, assembly_after=nothing_left, served_stages=(), platforms=(), replays=()))
     assert refused(certificate.issue(empty, KEY)) == []
 
 
 def test_an_upload_that_was_never_finished_has_no_digest() -> None:
     rows = sample()
     unfinished = replace(rows.tainted_objects[0], digest=None)
-    evidence = replace(rows, tainted_objects=(unfinished, *rows.tainted_objects[1:]))
+    evidence = with_ledger(replace(rows, tainted_objects=(unfinished, *rows.tainted_objects[1:])))
     assert refused(certificate.issue(evidence, KEY)) == []
 
 
@@ -224,24 +236,35 @@ def bare(schema: Any) -> Any:
     return {name: bare(value) for name, value in kept.items()}
 
 
-def test_the_published_schema_is_the_verifiers_form() -> None:
-    schema = json.loads(SCHEMA.read_text())
-    assert bare(schema) == schema_of(form.PREDICATE)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("deletion-certificate-v2", form.PREDICATE),
+        ("deletion-certificate-supplement-v1", form.SUPPLEMENT_PREDICATE),
+    ],
+)
+def test_the_published_schema_is_the_verifiers_form(name: str, shape: Any) -> None:
+    schema = json.loads((SCHEMAS / f"{name}.json").read_text())
+    assert bare(schema) == schema_of(shape)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     undescribed = [name for name, inner in schema["properties"].items() if "description" not in inner]
     assert undescribed == []
 
 
 def test_the_writers_types_are_the_verifiers() -> None:
-    assert form.SHAPE["_type"] == certificate.STATEMENT_TYPE
-    assert form.SHAPE["predicateType"] == certificate.PREDICATE_TYPE
+    for name, written in ((form.CERTIFICATE, certificate.PREDICATE_TYPE), (form.SUPPLEMENT, supplement.PREDICATE_TYPE)):
+        assert name == written
+        assert form.SHAPES[name]["_type"] == certificate.STATEMENT_TYPE
+        assert form.SHAPES[name]["predicateType"] == written
+    assert stated.CLOCK_SLACK == certificate.CLOCK_SLACK
     assert Case({}, b"").payload == b""
 
 
 def test_the_docs_name_every_field_claim_check_and_assumption() -> None:
     text = DOCS.read_text()
     checks = [check.name for check in verify(certificate.issue(sample(), KEY), PEM)]
-    for name in (*form.PREDICATE, *form.CLAIMS, *form.ASSUMED, *checks, "artefact directory"):
+    more = ("artefact directory", "key store", "later tree head", "supplement 1", "replay", *form.SUPPLEMENT_PREDICATE)
+    for name in (*form.PREDICATE, *form.CLAIMS, *form.ASSUMED, *form.OPEN, *checks, *more):
         assert f"`{name}`" in text, name
 
 

@@ -12,6 +12,7 @@ from certificate_sample import (
     KEY,
     PEM,
     artifact_bytes,
+    artifact_digest,
     manifest,
     payload_bytes,
     restricted,
@@ -39,7 +40,7 @@ def files(tmp_path: Path) -> Path:
     (tmp_path / "certificate.json").write_text(json.dumps(issue(sample(), KEY), indent=2))
     (tmp_path / "signing.pub").write_bytes(PEM)
     for stage in sample().served_stages:
-        path = tmp_path / "store" / "stages" / stage.key / "0"
+        path = tmp_path / "store" / "stages" / stage.key / artifact_digest(stage) / "0"
         path.parent.mkdir(parents=True)
         path.write_bytes(artifact_bytes(stage))
     return tmp_path
@@ -53,11 +54,11 @@ def test_lines_and_exit_code(files: Path) -> None:
     done = run(files / "certificate.json", "--key", files / "signing.pub", "--artifacts", files / "store")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert len(lines) == 19
+    assert len(lines) == 26
     assert all(line.startswith("ok ") for line in lines[:-1])
     assert "re-derived" in done.stdout
     assert "4 files, none destroyed; 4 of 4 served artefacts are there" in done.stdout
-    assert lines[-1].startswith("all 18 checks passed")
+    assert lines[-1].startswith("all 25 checks passed")
 
 
 def test_json(files: Path) -> None:
@@ -113,6 +114,33 @@ def test_a_destroyed_object_that_is_still_there_is_found(files: Path) -> None:
     assert directory_check(files).passed
     (files / "store" / name).symlink_to("nowhere")
     assert not directory_check(files).passed
+
+
+def test_what_lies_under_a_tainted_stage_is_found(files: Path) -> None:
+    """A sealed copy has other bytes; a paused trainer's late upload has another name."""
+    path = files / "store" / "stages" / sample().tainted_stages[0].key / ("0" * 64) / "late.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"sealed")
+    assert "belongs to a tainted stage" in directory_check(files).detail
+
+
+def test_a_key_that_is_still_there_is_found(files: Path) -> None:
+    def found() -> Check:
+        return verify(issue(sample(), KEY), PEM, file_keys=files / "keys")[-1]
+
+    digest = hashlib.sha256(sample().payloads[0].object_name.encode()).hexdigest()
+    place = files / "keys" / digest[:2] / digest
+    place.parent.mkdir(parents=True)
+    assert "is it the key store?" in found().detail
+    (files / "keys" / "store").write_text("mark")
+    assert (found().passed, found().detail) == (True, "7 keys looked for, none there")
+    for name in (digest, f".{digest}.0.part"):
+        left = place.with_name(name)
+        left.write_bytes(bytes(32))
+        assert "is still there" in found().detail
+        left.write_bytes(b"")  # its destruction was interrupted after the bytes were gone
+        assert found().passed
+    assert "nothing to look for" in verify(issue(restricted(), KEY), PEM, file_keys=files / "keys")[-1].detail
 
 
 def test_a_copy_under_another_name_is_found(files: Path) -> None:
@@ -203,11 +231,15 @@ socket.socket = socket.create_connection = refuse
 from pathlib import Path
 from service.cli.verify import verify
 try:
-    verify(Path({str(files / "certificate.json")!r}), Path({str(files / "signing.pub")!r}), None, False)
+    verify(Path({str(files / "certificate.json")!r}), [Path({str(files / "signing.pub")!r})],
+           supplements=None, checkpoint=None, ledger=None, artifacts=Path({str(files / "store")!r}), file_keys=None,
+           recipe=None, json=False)
 except BaseException as end:
     assert getattr(end, "exit_code", None) == 0, end
 heavy = {{"torch", "psycopg", "httpx", "redis", "celery", "fastapi", "numpy", "pydantic", "requests"}}
-writer = {{"service.evidence." + name for name in ("certificate", "rows", "wording", "dsse", "keys", "events")}}
+writer = {{"service.evidence." + name for name in (
+    "certificate", "rows", "wording", "dsse", "keys", "events", "statement", "membership", "supplement",
+    "leaves", "merkle", "note", "tree_head", "tiles", "ledger_check")}}
 print("loaded:", sorted((heavy | writer) & set(sys.modules)))
 """
     done = subprocess.run(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from certificate_ledger import with_ledger
 from certificate_sample import KEY, PEM, RECIPE, artifact_digest, manifest, resigned, sample
 
 from service.evidence.certificate import issue
@@ -33,14 +34,17 @@ def summed() -> Evidence:
             stage_key=tainted[0].key,
         ),
     )
-    return dataclasses.replace(
+    made = dataclasses.replace(
         erased,
         engine="ridge",
+        platforms=(dataclasses.replace(erased.platforms[0], stages=tuple(each.key for each in served)),),
+        replays=(),
         assembly_after=Assembly(RECIPE, tuple(members), "sums").to_json(),
         served_stages=tuple(served),
         tainted_stages=tainted,
         tainted_objects=objects,
     )
+    return with_ledger(made)
 
 
 def test_it_verifies() -> None:

@@ -46,8 +46,8 @@ def test_a_line_comes_back_from_the_payload_file(api: Api, declared: dict[str, A
     declare(api, **declared)
     answer = upload(api, **line)
     assert answer.status_code == 201, answer.text
-    (name,) = open_artifacts(api.settings.artifact_url).names(older_than=-60)
-    (stored,) = payloads.decode(open_artifacts(api.settings.artifact_url).get(name))
+    (name,) = open_artifacts(api.settings.artifact_url, api.settings.file_keys_url).names(older_than=-60)
+    (stored,) = payloads.decode(open_artifacts(api.settings.artifact_url, api.settings.file_keys_url).get(name))
     assert stored.record.text == line.get("text", "")
     assert stored.record.label == line["label"]
     assert base64.b64encode(stored.record.image).decode() == line.get("image", "")

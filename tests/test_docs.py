@@ -68,7 +68,7 @@ def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ..
 def test_commands_in_the_docs_exist() -> None:
     known = set(commands(typer.main.get_command(app)))
     for page in (page for page in PAGES if page.name not in AHEAD):
-        for named in re.findall(r"(?:`|^|/)expunge ((?:[a-z]+ ?)+)", page.read_text(), re.MULTILINE):
+        for named in re.findall(r"(?:`|^|/)expunge ((?:[a-z]+(?:-[a-z]+)* ?)+)", page.read_text(), re.MULTILINE):
             words = tuple(named.split())
             assert words[:1] in known or words[:2] in known, f"{page.name}: expunge {named}"
 

@@ -175,7 +175,7 @@ def test_a_model_that_keeps_something_else_is_read_again_at_every_step(
     found = next_logits(skeleton, members)
     assert isinstance(found, Rereading)
     text = Encoded(ids(5), answer=5)
-    prepared = skeleton.prepare_encoded([text], 2)
+    prepared = skeleton.prepare_encoded([text])
     assert np.array_equal(found(text), mean_of_logits(skeleton.answer(members, prepared))[0])
 
 

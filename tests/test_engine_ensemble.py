@@ -1,14 +1,19 @@
 import dataclasses
 import gc
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from peft import PeftModel
 from tiny import WORDS, World, tiny_backbone, tiny_recipe, tiny_records
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from shards import merged
 from shards.assembly import Assembly
 from shards.digest import sha256_hex
 from shards.engine.backbone import Backbone
@@ -17,8 +22,9 @@ from shards.engine.ensemble import Ensemble, Monolithic, StageTensors, stage_log
 from shards.engine.inputs import buckets
 from shards.engine.routed import Member
 from shards.engine.s3t import S3T
-from shards.engine.skeleton import Pass, Skeleton
+from shards.engine.skeleton import Skeleton
 from shards.engine.stacked import StackedReader
+from shards.engine.window import Batch
 from shards.errors import ArtifactDigestError, RecipeError, ShardsError
 from shards.logits import mean_of_logits
 from shards.stages import chain
@@ -181,10 +187,10 @@ def test_the_probe_meets_every_size_of_a_pass_and_the_widest_adapter(
     seen: set[tuple[int, int]] = set()
     inner = Skeleton._upper
 
-    def spied(self: Skeleton, members: Sequence[Member], given: Pass) -> list[Tensor]:
+    def spied(self: Skeleton, members: Sequence[Member], batch: Batch, hidden: Tensor, start: int) -> Sequence[Tensor]:
         rank = max(down.shape[0] for down, _ in members[0].lora.values())
-        seen.add((given.batch.rows, rank))
-        return inner(self, members, given)
+        seen.add((batch.rows, rank))
+        return inner(self, members, batch, hidden, start)
 
     monkeypatch.setattr(Skeleton, "_upper", spied)
     recipe = dataclasses.replace(served.skeleton.recipe, aggregation=aggregation)
@@ -226,3 +232,71 @@ def test_buckets_end_in_the_longest_input() -> None:
     assert buckets(64) == (16, 32, 48, 64)
     assert buckets(50) == (16, 32, 48, 50)
     assert buckets(8) == (8,)
+
+
+def test_a_short_prefix_runs_only_the_layers_that_it_trained(served: Served) -> None:
+    """Below its lowest block a member is the base model, which runs once for all."""
+    ran: Counter[int] = Counter()
+    skeleton = Skeleton(served.skeleton.recipe, served.skeleton.backbone)
+    for index, layer in enumerate(skeleton._window._layers):
+        layer.register_forward_hook(lambda _m, _a, out, index=index: ran.update({index: len(out)}))
+    deep, other, _ = served.assembly.members
+    assert deep is not None
+    assert other is not None
+    short = type(other)(served.world.live[other.stage].parent or "", other.prefix[:1], other.artifacts[:1])
+    for members, layers in (
+        ((deep, other, None), {0: 4, 1: 4, 2: 8, 3: 8}),
+        ((deep, short, None), {0: 4, 1: 4, 2: 8, 3: 8}),
+        ((short, None, None), {0: 4, 1: 4, 2: 4, 3: 4}),
+        ((short, None, short), {0: 4, 1: 4, 2: 4, 3: 8}),
+    ):
+        ran.clear()
+        ensemble = Ensemble(skeleton, served.tensors, Assembly(served.assembly.recipe, members))
+        found = ensemble.logits(TEXTS[:1] * 4)
+        assert ran == layers
+        each = [skeleton.logits([served.tensors.member(line)], TEXTS[:1])[0] for line in members if line]
+        assert np.array_equal(found[:1], mean_of_logits(each))
+        low = skeleton.prepare(TEXTS[:1])  # from the floor on, whatever a member's depth
+        assert np.array_equal(found[:1], ensemble.answer(low))
+
+
+# peft asks for a property that transformers has renamed
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_the_ensemble_answers_as_separate_peft_models(served: Served, tmp_path: Path) -> None:
+    recipe = served.skeleton.recipe
+    tolerance = 1e-5 if recipe.precision == "float32" else 0.05  # plain peft is not rounded at all
+    tokens = AutoTokenizer.from_pretrained(recipe.pretrained.source)(
+        TEXTS, padding=True, truncation=True, max_length=recipe.max_tokens, return_tensors="pt"
+    )
+    deep, other, third = served.assembly.members
+    assert other is not None
+    short = type(other)(served.world.live[other.stage].parent or "", other.prefix[:1], other.artifacts[:1])
+    logits: list[np.ndarray] = []
+    for number, line in enumerate(each for each in (deep, short, third) if each):
+        own = merged.merge(
+            [[merged.tensors_of(served.world.artifacts[digest]) for digest in line.artifacts]],
+            merged.lora_scale(recipe),
+        )
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        (directory / "adapter_model.safetensors").write_bytes(merged.adapter_bytes(own))
+        (directory / "adapter_config.json").write_bytes(merged.adapter_config(recipe, own))
+        base = AutoModelForSequenceClassification.from_pretrained(recipe.pretrained.source, num_labels=2)
+        model = PeftModel.from_pretrained(base, str(directory)).eval()
+        with torch.inference_mode():
+            logits.append(model(tokens["input_ids"], attention_mask=tokens["attention_mask"]).logits.numpy())
+    mixed = Ensemble(served.skeleton, served.tensors, Assembly(recipe.digest, (deep, short, third)))
+    assert np.abs(mixed.logits(TEXTS) - np.mean(logits, axis=0)).max() < tolerance
+
+
+def test_calls_in_company_have_the_bits_of_calls_alone(served: Served) -> None:
+    """What the model server does: rows of any calls of one length in one pass."""
+    alone = np.concatenate([served.ensemble.logits([text]) for text in TEXTS])
+    found = np.zeros_like(alone)
+    encoded = served.ensemble.encode(TEXTS)
+    assert len({length for length, _ in encoded}) > 1
+    for wanted in {length for length, _ in encoded}:
+        places = [place for place, (length, _) in enumerate(encoded) if length == wanted]
+        for at in range(0, len(places), 7):
+            found[places[at : at + 7]] = served.ensemble.infer([encoded[place][1] for place in places[at : at + 7]])
+    assert np.array_equal(found, alone)

@@ -1,6 +1,7 @@
 """Ten kinds of backbone, three tasks, one mechanism: each trained in blocks, served, and compared with plain peft."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from shards.engine.inputs import Images
 from shards.engine.interface import Input, inputs_of
 from shards.engine.prompts import Prompts
 from shards.engine.s3t import S3T
+from shards.engine.skeleton import Skeleton
 from shards.engine.stacked import StackedReader
 from shards.engine.window import Window, same_bits
 from shards.manifest import Record
@@ -154,6 +156,26 @@ def test_an_answer_depends_on_its_own_input_alone(trained: Trained) -> None:
     for size in (1, 2, 5):
         for at in range(0, len(trained.inputs), size):
             assert np.array_equal(trained.ensemble.logits(trained.inputs[at : at + size]), together[at : at + size])
+
+
+def test_members_in_one_pass_answer_as_each_alone(trained: Trained) -> None:
+    skeleton = trained.reader._skeleton
+    members = skeleton.made_up(3)
+    top = max(skeleton._layer_of.values())
+    members[1] = replace(members[1], lora={n: p for n, p in members[1].lora.items() if skeleton._layer_of[n] == top})
+    together = skeleton.logits(members, trained.inputs)
+    assert not np.array_equal(together[0], together[2])
+    for member, found in zip(members, together, strict=True):
+        assert np.array_equal(skeleton.logits([member], trained.inputs)[0], found)
+    assert skeleton._group(3) == 3
+    if trained.backbone.model.config.model_type == "deberta-v2":  # one input of positions for all rows
+        recipe = replace(trained.recipe, lora=replace(trained.recipe.lora, targets=("pos_key_proj",)))
+        apart = Skeleton(recipe, trained.backbone)
+        assert apart.purity == "batched"
+        assert apart._group(3) == 1
+        members = apart.made_up(2)
+        for member, found in zip(members, apart.logits(members, trained.inputs), strict=True):
+            assert np.array_equal(apart.logits([member], trained.inputs)[0], found)
 
 
 def plain_peft(trained: Trained) -> Any:

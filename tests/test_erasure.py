@@ -8,7 +8,7 @@ from world_copies import Copy
 
 from service.evidence.verify import verify
 from service.store import cells, datasets, ingest, models, objects
-from service.store.artifacts import LocalArtifacts
+from service.store.artifacts import Artifacts
 from service.store.database import transaction
 from service.store.declare import declare_model
 from service.store.ingest import _ChangedError, _draft, _write
@@ -46,7 +46,7 @@ def verified(world: Copy, request_id: UUID) -> bool:
     return bool(rows) and all(
         check.passed
         for (envelope,) in rows
-        for check in verify(envelope, world.public_key, artifacts=world.context.artifacts.root)
+        for check in verify(envelope, world.public_key, artifacts=world.context.artifacts.files.root)
     )
 
 
@@ -71,7 +71,7 @@ def test_an_upload_that_read_a_cell_before_its_erasure_writes_nothing_after_it(
     world.finish(request_id)
     assert world.states(request_id) == DONE
     before = payload_names(world)
-    monkeypatch.setattr(LocalArtifacts, "get", lambda _self, _name: read)  # as the upload had read it
+    monkeypatch.setattr(Artifacts, "get", lambda _self, _name: read)  # as the upload had read it
     with pytest.raises(_ChangedError):
         _write(world.pool, world.context.artifacts, part, draft.erased)
     assert payload_names(world) == before

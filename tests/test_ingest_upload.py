@@ -31,7 +31,7 @@ def test_an_upload_lies_in_its_cells_under_their_manifests(api: Api) -> None:
     answer = api.upload(line(n) for n in range(40, 60))
     assert answer.json()["accepted"] == 20
 
-    artifacts = open_artifacts(api.settings.artifact_url)
+    artifacts = open_artifacts(api.settings.artifact_url, api.settings.file_keys_url)
     with api.database() as connection:
         dataset = datasets.get_dataset(connection, "reviews")
         grid = {cell.cell_id: cell for cell in cells.list_grid(connection, dataset.dataset_id)}

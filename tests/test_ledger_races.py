@@ -11,14 +11,17 @@ from conftest import Database
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ledger_kit import Ledger, fetcher, open_ledger
 
+import workers.sequencer
 from service.cli.ledger_commands import open_log
 from service.cli.witness import witness
 from service.evidence.ledger_check import LedgerError
 from service.evidence.tiles import read_bundle, write_bundle
 from service.evidence.tree_head import TreeHeadError, read_head
 from service.store import ledger as store
-from service.store.artifacts import LocalArtifacts
+from service.store.artifacts import Artifacts
 from service.store.database import transaction
+from service.store.directory import Directory
+from service.store.file_keys import FileKeys
 from workers.sequencer import Sequencer
 
 pytestmark = pytest.mark.integration
@@ -34,27 +37,27 @@ def test_the_high_water_file_never_goes_down(ledger: Ledger, monkeypatch: pytest
     """Another program signs and writes a larger head between our signature and our write."""
     ledger.append(5)
     ledger.sequencer.sequence()
-    other, sign = Sequencer(ledger.pool, ledger.artifacts, ledger.settings), ledger.sequencer._sign
+    first, other = ledger.sequencer, Sequencer(ledger.pool, ledger.artifacts, ledger.settings)
+    write = workers.sequencer.write_high_water
 
-    def overtaken(*arguments: Any) -> Any:
-        signed = sign(*arguments)
-        with monkeypatch.context() as patch:
-            patch.setattr(ledger, "sequencer", other)
-            ledger.run(3)
-        return signed
+    def overtaken(*arguments: Any, **values: Any) -> bool:
+        monkeypatch.undo()
+        ledger.sequencer = other
+        ledger.run(3)
+        ledger.sequencer = first
+        return write(*arguments, **values)
 
-    monkeypatch.setattr(ledger.sequencer, "_sign", overtaken)
+    monkeypatch.setattr(workers.sequencer, "write_high_water", overtaken)
     head = ledger.sequencer.publish()
     assert head is not None
     assert head.size == 5
     kept = (ledger.settings.keys_dir / "tree-head").read_text()
     assert read_head(kept).size == read_head(ledger.checkpoint).size == 8
-    monkeypatch.undo()
     ledger.run()
     ledger.require_whole(8)
 
 
-class Overtaken(LocalArtifacts):
+class Overtaken(Artifacts):
     """Another program has written the same partial tile, and a longer one in its place, before we look at it."""
 
     between: Callable[[], None]
@@ -70,7 +73,8 @@ class Overtaken(LocalArtifacts):
 def test_a_tile_that_another_program_replaced_meanwhile_is_no_alarm(ledger: Ledger) -> None:
     ledger.run(100)
     (ledger.files / "checkpoint").unlink()
-    slow = Overtaken(ledger.directory / "artifacts")
+    ledger.forget_files()
+    slow = Overtaken(Directory(ledger.directory / "artifacts"), FileKeys(ledger.directory / "file-keys"))
     slow.between = lambda: ledger.run(200)
     head = Sequencer(ledger.pool, slow, ledger.settings).publish()
     assert head is not None

@@ -22,7 +22,7 @@ from service.evidence.leaves import open_leaf, parse_leaf
 from service.evidence.merkle import leaf_hash
 from service.evidence.tree_head import ForkError, TreeHeadError, read_head, sign_head
 from service.store import ledger as store
-from service.store.database import Connection, connect, transaction
+from service.store.database import Connection, QuarantineError, connect, transaction
 from service.store.ledger_files import LedgerFiles
 from workers import sequencer as module
 from workers.loops import every
@@ -182,14 +182,14 @@ PROCESS = """
 import sys, threading
 from pathlib import Path
 from service.settings import Settings
-from service.store.artifacts import LocalArtifacts
+from service.store.artifacts import open_artifacts
 from service.store.database import make_pool
 from workers.sequencer import Sequencer
 url, directory = sys.argv[1:]
 pool = make_pool(url, size=2)
 pool.open()
 settings = Settings(database_url=url, keys_dir=Path(directory, "keys"))
-sequencer = Sequencer(pool, LocalArtifacts(Path(directory, "artifacts")), settings)
+sequencer = Sequencer(pool, open_artifacts(f"file://{directory}/artifacts", f"file://{directory}/file-keys"), settings)
 print("ready", flush=True)
 while True:
     sequencer.sequence()
@@ -263,6 +263,7 @@ def test_a_head_is_signed_once_for_a_size(ledger: Ledger) -> None:
     assert ledger.checkpoint == first
     (ledger.settings.keys_dir / "tree-head").unlink()
     (ledger.files / "checkpoint").unlink()
+    ledger.forget_files()
     ledger.run()  # both are written again, byte for byte
     assert ledger.checkpoint == first == (ledger.settings.keys_dir / "tree-head").read_text()
     assert ledger.row("SELECT count(*) FROM tree_head") == (1,)
@@ -368,20 +369,20 @@ def test_a_damaged_checkpoint_says_what_to_do(ledger: Ledger) -> None:
     with pytest.raises(TreeHeadError, match="ledger/checkpoint of the artefact store is damaged"):
         ledger.sequencer.publish()
     (ledger.files / "checkpoint").unlink()
+    ledger.forget_files()
     ledger.run(1)
     assert ledger.check().head.size == 3
 
 
-def test_another_database_is_compared_before_a_number_is_given(ledger: Ledger) -> None:
-    """Postgres was restored under a running sequencer: its next look reads the heads outside again."""
+def test_another_database_is_compared_before_anything_is_done(ledger: Ledger) -> None:
+    """Postgres was started anew, or a copy put in its place: it is shut until a sequencer has compared it."""
     ledger.run(3)
-    looked = ledger.sequencer._vetted
-    assert looked
-    ledger.as_owner("CREATE TABLE swap AS SELECT * FROM ledger_head")
-    ledger.sequencer._vetted = "an earlier postmaster 1"
-    ledger.append()
-    assert ledger.sequencer.sequence() == 1
-    assert ledger.sequencer._vetted == looked
+    ledger.as_owner("UPDATE vetting SET database = 'an earlier postmaster'")
+    with pytest.raises(QuarantineError, match="being compared with the ledger: try again"):
+        ledger.append()
+    assert ledger.sequencer.sequence() == 0
+    ledger.run(1)
+    assert ledger.check().head.size == 4
 
 
 def test_a_clock_that_goes_backwards_changes_no_order(ledger: Ledger) -> None:
@@ -425,7 +426,7 @@ def test_openings_are_erased_by_age_and_the_tree_stays_whole(ledger: Ledger) -> 
     assert ledger.row(said) == ({"openings": 300, "days": 30},)
     left = sorted(str(path.relative_to(openings)) for path in openings.rglob("*") if path.is_file())
     assert left == ["001.from/44-64"]  # from leaf 300 on: no file holds an opening that was erased
-    assert len((openings / left[0]).read_bytes().splitlines()) == 20
+    assert len(ledger.artifacts.get(f"ledger/openings/{left[0]}").splitlines()) == 20
     assert ledger.check(old=before).head.size == 320
     with transaction(ledger.pool) as connection:
         assert store.list_opened(connection, 0, limit=1)[0].opening is None
@@ -434,7 +435,7 @@ def test_openings_are_erased_by_age_and_the_tree_stays_whole(ledger: Ledger) -> 
     assert ledger.sequencer.erase() == 0
     left = sorted(str(path.relative_to(openings)) for path in openings.rglob("*") if path.is_file())
     assert left == ["001.from/44-256", "001.from/44-64", "002.p/109"]
-    assert len((openings / left[0]).read_bytes().splitlines()) == 212
+    assert len(ledger.artifacts.get(f"ledger/openings/{left[0]}").splitlines()) == 212
 
 
 def test_figures(ledger: Ledger) -> None:

@@ -17,6 +17,7 @@ from api_client import Api
 from conftest import Database
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from key_store import open_local
 from ledger_kit import Ledger, fetcher, open_ledger, write_signing_key
 
 from service.cli.main import main
@@ -29,7 +30,6 @@ from service.evidence.merkle import CompactRange, leaf_hash
 from service.evidence.tiles import added_tiles, read_bundle, write_bundle
 from service.evidence.tree_head import ForkError, TreeHead, TreeHeadError, read_head, sign_head
 from service.store.api_keys import Scope
-from service.store.artifacts import LocalArtifacts
 from workers.sequencer import Sequencer
 
 pytest_plugins = ("api_fixtures",)
@@ -69,19 +69,21 @@ def test_the_files_are_those_of_c2sp_and_partial_ones_go_when_full_ones_come(led
     entries = read_bundle((ledger.files / "tile/entries/001").read_bytes())
     hashes = (ledger.files / "tile/0/001").read_bytes()
     assert b"".join(leaf_hash(entry) for entry in entries) == hashes
-    opened = (ledger.files / "openings/001").read_bytes().splitlines()
+    opened = ledger.artifacts.get("ledger/openings/001").splitlines()
     assert [json.loads(line)["event_id"] for line in opened] == [json.loads(leaf)["event_id"] for leaf in entries]
 
 
 def test_a_log_that_is_lost_is_written_again_with_the_same_bytes(log: Ledger) -> None:
-    before = {name: (log.files / name).read_bytes() for name in names(log.files)}
+    before = {name: log.artifacts.get(f"ledger/{name}") for name in names(log.files)}
     shutil.rmtree(log.files)
+    log.forget_files()
     log.run()
-    assert {name: (log.files / name).read_bytes() for name in names(log.files)} == before
+    assert {name: log.artifacts.get(f"ledger/{name}") for name in names(log.files)} == before
 
 
 def test_a_tile_with_other_bytes_than_the_database_stops_the_log(log: Ledger) -> None:
     (log.files / "checkpoint").unlink()
+    log.forget_files()
     (log.files / "tile/0/001").write_bytes(bytes(8192))
     with pytest.raises(TreeHeadError, match="ledger/tile/0/001 holds other bytes than the database"):
         log.sequencer.publish()
@@ -302,7 +304,7 @@ def test_over_http(
     proof_of = f"/v1/deletion-requests/{request_id}/inclusion-proof"
     early = api.client.get(proof_of)
     assert (early.status_code, early.headers["content-type"]) == (409, "application/problem+json")
-    sequencer = Sequencer(api.pool, LocalArtifacts(tmp_path / "artifacts"), api.settings)
+    sequencer = Sequencer(api.pool, open_local(tmp_path / "artifacts"), api.settings)
     sequencer.sequence()
     sequencer.publish()
 
@@ -367,7 +369,7 @@ def test_what_was_erased_has_no_proof_any_more(api: Api, database: Database, tmp
     with psycopg.connect(database.owner_url) as owner:
         owner.execute("UPDATE event_pending SET created_at = created_at - interval '2 years'")
     settings = api.settings.model_copy(update={"ledger_opening_days": 700})
-    sequencer = Sequencer(api.pool, LocalArtifacts(tmp_path / "artifacts"), settings)
+    sequencer = Sequencer(api.pool, open_local(tmp_path / "artifacts"), settings)
 
     def proof() -> httpx.Response:
         for _ in range(2):

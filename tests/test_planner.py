@@ -185,7 +185,7 @@ def test_orders_of_deletion_agree(world: Copy, monkeypatch: pytest.MonkeyPatch) 
             for batch in batches:
                 ids = [asked[subject] for subject in batch]
                 connection.execute("UPDATE request_target SET state = 'received' WHERE request_id = ANY(%s)", [ids])
-                assert steps._plan(connection, world.model_id, counted=True) == len(batch)
+                assert steps.plan_batch(connection, world.model_id, counted=True) == len(batch)
             model = models.get_model_by_id(connection, world.model_id)
             found = publish.candidate(connection, model)
             assert found.assembly.digest == found.served

@@ -53,7 +53,7 @@ def test_one_failing_model_does_not_hold_the_others(world: Copy) -> None:
     for envelope, deactivated_at in world.rows(
         "SELECT envelope, deactivated_at FROM certificate JOIN request_target USING (request_id, model_id)"
     ):
-        checks = verify(envelope, world.public_key, artifacts=world.context.artifacts.root)
+        checks = verify(envelope, world.public_key, artifacts=world.context.artifacts.files.root)
         assert [check.name for check in checks if not check.passed] == []
         times = json.loads(base64.b64decode(envelope["payload"]))["predicate"]["times"]
         (said,) = [datetime.fromisoformat(time["at"]) for time in times if time["state"] == "deactivated"]

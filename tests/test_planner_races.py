@@ -14,7 +14,7 @@ from world import World, make_world
 from world_copies import SUBJECTS, Copy
 
 from service.store import models, publish, targets
-from service.store.artifacts import LocalArtifacts
+from service.store.artifacts import Artifacts
 from service.store.database import transaction
 from shards.assembly import Assembly
 from shards.engine.s3t import S3T
@@ -55,7 +55,7 @@ def test_a_deletion_reaches_a_stage_in_training(world: Copy, monkeypatch: pytest
         assert steps.plan_targets(world.context, world.model_id) == 1
 
     act = once(delete)
-    real_train, real_put = S3T.train, LocalArtifacts.put
+    real_train, real_put = S3T.train, Artifacts.put
 
     def train(engine: S3T, stage: Any, *args: Any) -> bytes:
         data = real_train(engine, stage, *args)
@@ -63,13 +63,13 @@ def test_a_deletion_reaches_a_stage_in_training(world: Copy, monkeypatch: pytest
             act()
         return data
 
-    def put(store: LocalArtifacts, name: str, data: bytes) -> None:
+    def put(store: Artifacts, name: str, data: bytes) -> None:
         real_put(store, name, data)
         if moment == "uploaded" and name.split("/")[1] in reading:
             act()
 
     monkeypatch.setattr(S3T, "train", train)
-    monkeypatch.setattr(LocalArtifacts, "put", put)
+    monkeypatch.setattr(Artifacts, "put", put)
     train_queued(world.context)
     (request_id,) = asked
     states = world.rows("SELECT state, token, error FROM stage_job WHERE stage_key = ANY(%s)", list(reading))
@@ -104,15 +104,15 @@ def test_a_deletion_before_anything_was_trained(database: Database, tmp_path: Pa
 def test_ingestion_and_plan_of_one_subject(world: Copy, monkeypatch: pytest.MonkeyPatch, order: str) -> None:
     """Rule 23: whichever commits first, no record of the subject is left in service."""
     if order.startswith("plan"):
-        real_put = LocalArtifacts.put
+        real_put = Artifacts.put
         world.ask("s1")
         plan = once(lambda: steps.plan_targets(world.context, world.model_id))
 
-        def put(store: LocalArtifacts, name: str, data: bytes) -> None:
+        def put(store: Artifacts, name: str, data: bytes) -> None:
             plan()
             real_put(store, name, data)
 
-        monkeypatch.setattr(LocalArtifacts, "put", put)
+        monkeypatch.setattr(Artifacts, "put", put)
         done = world.add({"s1": ["s1-new"], "s2": ["s2-new"]})
         assert (done.accepted, done.skipped) == (1, 1)
     else:

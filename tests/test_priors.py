@@ -22,7 +22,7 @@ from world_copies import Copy
 
 from service.cli.data_commands import app
 from service.store import datasets, priors
-from service.store.artifacts import LocalArtifacts
+from service.store.artifacts import Artifacts
 from service.store.database import transaction
 from service.store.ingest import ingest
 from service.store.priors import Prior
@@ -329,16 +329,16 @@ def test_a_deletion_finds_the_records_and_forgets_the_class_with_the_last_of_the
 def test_a_class_that_is_forgotten_under_an_upload_is_fixed_again(world: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the subject would own records without a class, and the next line could move it."""
     add(world, {"ann": ["a"]}, 1)
-    get = LocalArtifacts.get
+    get = Artifacts.get
     late = iter(("DELETE FROM record_subject", "DELETE FROM subject_prior", "DELETE FROM record"))
 
-    def erased_meanwhile(artifacts: LocalArtifacts, name: str) -> bytes:
+    def erased_meanwhile(artifacts: Artifacts, name: str) -> bytes:
         with transaction(world.pool) as connection:
             for statement in late:
                 connection.execute(statement)  # type: ignore[arg-type]
         return get(artifacts, name)
 
-    monkeypatch.setattr(LocalArtifacts, "get", erased_meanwhile)
+    monkeypatch.setattr(Artifacts, "get", erased_meanwhile)
     add(world, {"ann": ["again"]}, 0)
     assert list(late) == []
     assert world.rows("SELECT prior FROM subject_prior") == [(0,)]

@@ -21,13 +21,14 @@ import pytest
 import torch
 import typer.main
 from exact import served, train_chain
+from key_store import open_local
 from test_docs import AHEAD, PAGES, ROOT
 from test_engine_sisa import module_recipe, vector_record
 from tiny import World, tiny_backbone, tiny_recipe, tiny_record, tiny_records
 
 import shards
 from service.cli.main import app
-from service.store.artifacts import ArtifactMissingError, LocalArtifacts
+from service.store.artifacts import ArtifactMissingError
 from shards.assembly import Assembly
 from shards.capacity import all_dead_uniform
 from shards.engine.artifacts import decode
@@ -114,12 +115,13 @@ def test_12_and_13_more_orders_than_slices_are_neither_capped_nor_all_there_are(
 
 def test_14_what_is_written_is_read_under_the_name_it_was_given(tmp_path: Path) -> None:
     """14: the mode stood inside the path, so that results went to ".../0.json/w" and were lost at the end."""
-    store = LocalArtifacts(tmp_path)
+    store = open_local(tmp_path / "artifacts")
     for name in ("stages/w/0.json", "stages/r/0.json", "stages/wb"):
         with pytest.raises(ArtifactMissingError):
             store.get(name)
         store.put(name, name.encode())
-    assert LocalArtifacts(tmp_path).names(older_than=-60) == ["stages/r/0.json", "stages/w/0.json", "stages/wb"]
+    names = open_local(tmp_path / "artifacts").names(older_than=-60)
+    assert names == ["stages/r/0.json", "stages/w/0.json", "stages/wb"]
     assert [store.get(name) for name in ("stages/w/0.json", "stages/wb")] == [b"stages/w/0.json", b"stages/wb"]
 
 

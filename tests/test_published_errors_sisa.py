@@ -183,7 +183,7 @@ def world(database: Database, tmp_path: Path) -> Iterator[Installation]:
 def test_old_checkpoints_are_destroyed(world: Installation) -> None:
     """4.26: checkpoints of deleted data were never purged, and those of single epochs lingered."""
     build(world)
-    root = world.context.artifacts.root
+    root = world.context.artifacts.files.root
     before = {path.relative_to(root).as_posix() for path in (root / "stages").rglob("*") if path.is_file()}
     assert len(before) == 4  # one per stage and nothing beside
     world.ask("person2")
@@ -199,7 +199,7 @@ def test_old_checkpoints_are_destroyed(world: Installation) -> None:
 def build_of(world: Installation, left: set[str]) -> set[str]:
     """Names after the rebuild; what was left is used again, not trained twice."""
     build(world)
-    root = world.context.artifacts.root
+    root = world.context.artifacts.files.root
     names = {path.relative_to(root).as_posix() for path in (root / "stages").rglob("*") if path.is_file()}
     assert left < names
     assert len(names) == 4

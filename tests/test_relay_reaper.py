@@ -52,7 +52,7 @@ def below(world: Copy, key: str) -> list[str]:
 
 def live_file(world: Copy, key: str) -> tuple[str, Path]:
     (name,) = world.row("SELECT object_name FROM artifact WHERE stage_key = %s AND state = 'live'", key)
-    return name, world.context.artifacts.root / name
+    return name, world.context.artifacts.files.root / name
 
 
 def test_the_relay_alone_moves_a_request_to_its_end(world: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +73,7 @@ def test_the_relay_alone_moves_a_request_to_its_end(world: Copy, monkeypatch: py
         for task, ids in bells.rung[-10:]:
             do[task](*ids)
         barrier.look()
+        world.log()
         age(world, "request_target", "attempted_at", 100)
         assert len(bells.rung) < 60
     assert world.shown(request_id) == ("completed", "erased")
@@ -168,7 +169,7 @@ def test_objects_that_nobody_knows_are_removed_once_they_are_old(world: Copy) ->
     for name in [*strays, "cells/c/fresh.parquet"]:
         store.put(name, b"x")
     for name in [*strays, *known]:
-        os.utime(store.root / name, (0, time.time() - 3600))
+        os.utime(store.files.root / name, (0, time.time() - 3600))
     reaper(world).look()
     assert set(strays) <= set(store.names(older_than=-60))  # the store is listed once an hour
     assert reaper(world).remove_strays() == sorted(strays)

@@ -39,7 +39,8 @@ class Site:
 
     @property
     def where(self) -> list[str]:
-        return ["--artifacts", str(self.world.context.artifacts.root)]
+        root = self.world.context.artifacts.files.root
+        return ["--artifacts", str(root), "--file-keys", str(root.with_name("file-keys"))]
 
     @property
     def files(self) -> list[str]:

@@ -74,7 +74,7 @@ def test_a_replay_whose_worker_dies_is_taken_up_and_given_up_in_the_end(
 
 def test_a_process_whose_replay_was_given_to_another_is_ended(world: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     (replay_id,) = drawn(world)
-    stays = world.context.artifacts.root / "stays"
+    stays = world.context.artifacts.files.root / "stays"
     stays.write_text("#!/bin/sh\nexec sleep 600\n")
     stays.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(stays))

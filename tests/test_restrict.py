@@ -37,6 +37,7 @@ def test_a_restriction_takes_out_seals_and_says_no_more(world: Copy, kind: Kind)
     request_id = deactivate(world, "s1", kind)
     assert world.shown(request_id) == ("deactivated", None)
     assert served(world) != before
+    world.log()
     Relay(world.pool, world.context.bell).look()
     assert world.context.bell.rung[-2:] == [  # type: ignore[attr-defined]
         ("target.certify", (str(request_id), world.model_id)),
@@ -51,7 +52,7 @@ def test_a_restriction_takes_out_seals_and_says_no_more(world: Copy, kind: Kind)
     assert verified(world, request_id)
     (envelope,) = world.row("SELECT envelope FROM certificate WHERE request_id = %s", request_id)
     said = json.loads(base64.b64decode(envelope["payload"]))["predicate"]
-    assert (said["outcome"], said["request"]["kind"], said["records"]["count"]) == ("restricted", kind.value, 2)
+    assert (said["outcome"], said["request"]["kind"], len(said["records"])) == ("restricted", kind.value, 2)
     assert "erased" not in {claim["claim"] for claim in said["claims"]}
     assert (said["cells"], said["payloads"]) == ([], [])
     assert said["tainted"]
@@ -219,6 +220,7 @@ def test_a_withdrawal_before_the_certificate_leaves_none(world: Copy, monkeypatc
         return real(*arguments)
 
     monkeypatch.setattr(certify, "issue", late)
+    world.log()
     assert not steps.certify_target(world.context, request_id, world.model_id)
     assert world.rows("SELECT 1 FROM certificate") == []
     assert world.states(request_id) == [("lifted", None)]

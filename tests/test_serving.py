@@ -83,7 +83,7 @@ def test_swaps_drop_no_request_and_answer_nothing_below_the_floor(toy: Toy) -> N
     class Slow(ToyEngine):
         pace = 0.003
 
-    with serving(toy, factory=Slow) as (client, _):
+    with serving(toy, factory=Slow, settings=toy.settings(lease_ttl_ms=8000)) as (client, _):
         threads = [threading.Thread(target=hammer, args=(client.base_url.port,)) for _ in range(6)]
         for thread in threads:
             thread.start()

@@ -1,102 +1,244 @@
-"""Model servers as processes of their own that are stopped, killed and fenced; the barrier's SQL is the real one."""
+"""Model servers that are paused, killed, cut off and flooded around `deactivated`; the barrier is the real one.
 
-import os
+Of each answer to a request that was sent after `deactivated`: its version is not below the floor.
+"""
+
 import signal
-import subprocess
-import sys
+import socket
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
-import psycopg
+import httpx
 import pytest
 from conftest import Database
-from serving_kit import Client, Toy, free_port, wait_until
-
-from service.store import barrier
+from serving_kit import Client, Toy, wait_until
+from serving_process import (
+    MARGIN,
+    TTL,
+    Pipe,
+    barrier,
+    cleared,
+    cut_connections,
+    deactivated,
+    replica,
+)
 
 pytestmark = pytest.mark.integration
-TTL = 0.8
+FENCED = 3
 
 
 @pytest.fixture
-def toy(database: Database, tmp_path: Path) -> Toy:
+def toy(database: Database, tmp_path: Path) -> Iterator[Toy]:
     found = Toy(database.owner_url, database.app_url, tmp_path / "artifacts")
     found.create()
     found.add_toy_stage("a", 1.0, shard=0)
     found.add_toy_stage("b", -3.0, shard=1)
     found.publish("a", "b", cause="train")
-    return found
+    with barrier(found):
+        yield found
 
 
-@contextmanager
-def replica(toy: Toy) -> Iterator[tuple[Client, subprocess.Popen[bytes]]]:
-    port = free_port()
-    kit = Path(__file__).with_name("serving_kit.py")
-    environment = {**os.environ, **toy.environment(lease_ttl_ms=int(TTL * 1000)), "PYTHONPATH": str(kit.parents[1])}
-    process = subprocess.Popen([sys.executable, str(kit), str(port), "child"], env=environment)
-    try:
-        with Client(port, toy) as client:
-            wait_until(lambda: client.ready() and client.version() > 0, seconds=30)
-            yield client, process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+class Asked:
+    """One request on a thread of its own; `answer` is None where the connection broke."""
+
+    def __init__(self, client: Client, *texts: str) -> None:
+        self.answer: httpx.Response | None = None
+        self._thread = threading.Thread(target=self._ask, args=(client.base_url.port, client.toy, texts))
+        self._thread.start()
+
+    def _ask(self, port: int, toy: Toy, texts: tuple[str, ...]) -> None:
+        with Client(port, toy) as client, suppress(httpx.TransportError):
+            self.answer = client.predict(*texts)
+
+    def join(self) -> httpx.Response | None:
+        self._thread.join()
+        return self.answer
 
 
-def declare(toy: Toy, floor: int, *, margin: float = 0.1) -> None:
-    """The barrier in short: wait for every acknowledgement or for TTL + margin (rule 9)."""
-    until = time.monotonic() + TTL + margin
-    while True:
-        with psycopg.connect(toy.app_url) as connection:
-            late = (
-                {row.process_id: row.beats for row in barrier.look(connection)[2]} if time.monotonic() > until else {}
-            )
-            if barrier.declare(connection, toy.model_id, floor, expired=late) is not None:
-                return
-        time.sleep(0.01)
+def assert_not_stale(answer: httpx.Response | None, floor: int) -> None:
+    if answer is not None:
+        assert answer.status_code == 503 or answer.json()["version"] >= floor, answer.text
 
 
-def test_a_paused_process_is_fenced_answers_nothing_stale_and_exits(toy: Toy) -> None:
-    with replica(toy) as (client, process):
-        process.send_signal(signal.SIGSTOP)
-        floor = toy.publish("a", None, taint=1)
-        started = time.monotonic()
-        declare(toy, floor)
-        assert TTL < time.monotonic() - started < TTL + 0.5
+def test_a_paused_process_that_wakes_late_answers_nothing_stale_and_exits(toy: Toy) -> None:
+    with replica(toy, "slow") as (client, process):
+        asked = Asked(client)
+        time.sleep(0.15)  # it computes on version 1
+        process.pause()
+        floor, took = deactivated(toy, "a", None, taint=1)
+        assert TTL / 2 < took < TTL + MARGIN + 0.7  # counted from its last heartbeat, or from the floor
         assert toy.leases()[0]["ended_at"] is not None
-        process.send_signal(signal.SIGCONT)
-        try:
-            answer = client.predict()
-            assert answer.status_code == 503 or answer.json()["version"] >= floor
-        except OSError:
-            pass
-        except Exception as error:  # noqa: BLE001 - the server may be gone already
-            assert type(error).__module__.startswith("httpx")  # noqa: PT017
-        assert process.wait(10) == 3
+        later = Asked(client)
+        process.wake()
+        assert_not_stale(asked.join(), floor)
+        assert_not_stale(later.join(), floor)
+        assert process.wait(15) == FENCED
     assert toy.leases()[0]["freed_at"] is not None
     assert [event["floor"] for event in toy.events("replica.fenced")] == [floor]
+    assert toy.events("replica.acknowledged") == []
 
 
-def test_a_killed_process_delays_the_barrier_by_one_lease_only(toy: Toy) -> None:
-    with replica(toy) as (_, process):
+def test_a_process_that_wakes_within_its_lease_acknowledges_and_recomputes(toy: Toy) -> None:
+    with replica(toy, "slow", ttl=5) as (client, process):
+        asked = Asked(client)
+        time.sleep(0.15)
+        process.pause()
+        floor = toy.publish("a", None, taint=1)
+        time.sleep(0.3)
+        assert cleared(toy) < floor
+        process.wake()
+        wait_until(lambda: cleared(toy) >= floor, seconds=2.5)  # by its acknowledgement: half of the lease
+        answer = asked.join()
+        assert answer is not None
+        assert (answer.status_code, answer.json()["version"]) == (200, floor)
+        assert toy.leases()[0]["ended_at"] is None
+    assert len(toy.events("replica.acknowledged")) == 1
+
+
+def test_a_killed_process_delays_deactivated_by_one_lease_and_takes_nobody_along(toy: Toy) -> None:
+    with replica(toy) as (other, _), replica(toy) as (_, process):
         process.kill()
         process.wait()
-        floor = toy.publish("a", None, taint=1)
-        started = time.monotonic()
-        declare(toy, floor)
-        assert time.monotonic() - started < TTL + 0.5
-    assert toy.leases()[0]["freed_at"] is None  # never reported
+        floor, took = deactivated(toy, "a", None, taint=1)
+        assert took < TTL + MARGIN + 0.7
+        answer = other.predict()
+        assert (answer.status_code, answer.json()["version"]) == (200, floor)
+        ended = [row for row in toy.leases() if row["ended_at"] is not None]
+        assert [row["freed_at"] for row in ended] == [None]  # it never reported
+        assert deactivated(toy, "a", "b")[1] < TTL  # the next one waits for the living only
+
+
+def test_a_process_killed_between_its_swap_and_its_acknowledgement(toy: Toy) -> None:
+    with replica(toy) as (_, process):
+        with toy.connect() as blocker:  # no heartbeat passes, a target can be read
+            blocker.execute("lock table lease in access exclusive mode")
+            floor = toy.publish("a", None, taint=1)
+            time.sleep(0.2)
+            process.kill()
+            process.wait()
+        wait_until(lambda: cleared(toy) >= floor, seconds=TTL + MARGIN + 2)
+    assert [event["floor"] for event in toy.events("replica.fenced")] == [floor]
 
 
 def test_a_process_that_is_asked_to_stop_ends_its_row_and_exits_with_0(toy: Toy) -> None:
     with replica(toy) as (_, process):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
-        floor = toy.publish("a", None, taint=1)
-        started = time.monotonic()
-        declare(toy, floor)
-        assert time.monotonic() - started < 0.3
+        assert process.wait(15) == 0
+        assert deactivated(toy, "a", None, taint=1)[1] < TTL
     assert toy.leases()[0]["freed_at"] is not None
+
+
+def test_connections_that_are_cut_fail_no_request_and_delay_nothing(toy: Toy) -> None:
+    results: Counter[int] = Counter()
+    stop = threading.Event()
+    with replica(toy, ttl=4) as (client, _):
+
+        def hammer() -> None:
+            with Client(client.base_url.port, toy) as mine:
+                while not stop.is_set():
+                    least = cleared(toy)
+                    answer = mine.predict()
+                    results[answer.status_code] += 1
+                    assert_not_stale(answer, least)
+
+        thread = threading.Thread(target=hammer)
+        thread.start()
+        for number in range(6):
+            assert cut_connections(toy) > 0
+            floor, took = deactivated(toy, "a", None if number % 2 == 0 else "b")
+            assert took < 3  # within the lease
+            assert client.version() == floor
+        stop.set()
+        thread.join()
+        assert toy.leases()[0]["ended_at"] is None
+    assert set(results) == {200}
+
+
+def test_a_process_whose_way_to_postgres_is_held_up_is_fenced_and_exits(toy: Toy) -> None:
+    """No connection breaks: nothing is said any more, in either direction."""
+    with (
+        Pipe.to(toy.app_url) as pipe,
+        replica(toy, database_url=pipe.url) as (client, process),
+    ):
+        pipe.open.clear()
+        floor, took = deactivated(toy, "a", None, taint=1)
+        assert took < TTL + MARGIN + 0.7
+        for _ in range(20):
+            assert client.predict().status_code == 503
+        assert not client.ready()
+        pipe.open.set()
+        assert process.wait(20) == FENCED
+    assert [event["floor"] for event in toy.events("replica.fenced")] == [floor]
+
+
+def test_a_heartbeat_whose_reply_is_late_grants_nothing(toy: Toy) -> None:
+    """Rule 4: a lease counts from before it was asked for; else a late reply would outlast `deactivated`."""
+    with (
+        Pipe.to(toy.app_url) as pipe,
+        replica(toy, database_url=pipe.url) as (client, process),
+    ):
+        before = toy.leases()[0]["beats"]
+        pipe.delay = 0.3  # each of the four replies to a heartbeat, which together outlast its lease
+        wait_until(lambda: client.predict().status_code == 503)
+        with suppress(httpx.TransportError):  # it goes, since the barrier hears too little of it
+            while process.poll() is None:
+                assert client.predict().status_code == 503
+        assert process.wait(30) == FENCED
+    assert toy.leases()[0]["beats"] > before  # granted, and of no use
+
+
+def test_a_full_queue_does_not_delay_an_acknowledgement(toy: Toy) -> None:
+    """What waits on the old version is computed again, or refused as `overloaded`; nothing is drained first."""
+    batch = ["x"] * 256
+    with replica(toy, "busy", ttl=10) as (client, _):
+        crowd = [Asked(client, *batch) for _ in range(40)]
+        wait_until(lambda: 'result="overloaded"' in client.get("/metrics").text, seconds=20)
+        floor, took = deactivated(toy, "a", None, taint=1)
+        assert took < 2  # the queue is some seconds long
+        late = Asked(client)
+        answers = [each.join() for each in crowd]
+        assert_not_stale(late.join(), floor)
+        codes = Counter(answer.status_code for answer in answers if answer is not None)
+        assert set(codes) == {200, 503}
+        refused = [answer.json()["type"] for answer in answers if answer is not None and answer.status_code == 503]
+        assert set(refused) == {"urn:expunge:problem:overloaded"}
+        again = client.predict()
+        assert (again.status_code, again.json()["version"]) == (200, floor)
+
+
+def test_a_replica_that_renews_and_never_swaps_blocks_nothing_and_answers_nothing_stale(toy: Toy) -> None:
+    with replica(toy, "deaf") as (client, process):
+        floor, took = deactivated(toy, "a", None, taint=1)
+        assert took < TTL + MARGIN + 0.7  # it renews all the time, and is refused
+        with suppress(httpx.TransportError):  # it goes
+            while process.poll() is None:
+                assert_not_stale(client.predict(), floor)
+        assert process.wait(15) == FENCED
+    assert [event["floor"] for event in toy.events("replica.fenced")] == [floor]
+
+
+def test_a_fenced_process_stops_listening_before_its_weights_are_free(toy: Toy) -> None:
+    """Rule 11: a balancer must not send requests to a process that only waits for its memory."""
+    with replica(toy, "slow") as (client, process):
+        crowd = [Asked(client, *["x"] * 32) for _ in range(4)]  # a pass of 1.2 s each, which hold the weights
+        time.sleep(0.3)
+        process.pause()
+        floor, _ = deactivated(toy, "a", None, taint=1)
+        process.wake()
+        wait_until(lambda: not listens(client))
+        assert process.poll() is None
+        assert toy.leases()[0]["freed_at"] is None
+        for asked in crowd:
+            assert_not_stale(asked.join(), floor)
+        assert process.wait(20) == FENCED
+    assert toy.leases()[0]["freed_at"] is not None
+
+
+def listens(client: Client) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=5):
+        return True
+    return False

@@ -12,9 +12,9 @@ import httpx
 import numpy as np
 import pytest
 from conftest import Database
-from serving_kit import Client, Toy, ToyEngine, serving, wait_until
+from serving_kit import Client, Plain, Toy, ToyEngine, serving, wait_until
 
-from service.serving import __main__ as main
+from service.serving import server
 from service.serving.__main__ import Program
 from service.serving.fence import Fence
 from service.store import api_keys
@@ -121,7 +121,7 @@ class Wide(ToyEngine):
     def build(self, assembly: Assembly) -> Any:
         inner = super().build(assembly)
 
-        class Predictor:
+        class Predictor(Plain):
             def logits(self, texts: Sequence[str]) -> Logits:
                 return np.repeat(inner.logits(texts)[:, :1], len(WIDE.classes), axis=1)
 
@@ -159,7 +159,7 @@ def test_what_is_on_its_way_when_a_stop_runs_out_of_time_is_taken_back(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The row of a stopped server is ended, so no barrier waits for bytes that are still in the process."""
-    monkeypatch.setattr(main, "GRACE", 1)
+    monkeypatch.setattr(server, "GRACE", 1)
     toy = wide(database, tmp_path)
     with serving(toy, factory=Wide) as (client, program), slow_reader(client, toy) as reader:
         wait_until(lambda: fence(program).sending == ((1, 1),))
@@ -221,7 +221,7 @@ def test_an_input_that_cannot_be_read_takes_nobody_else_along(toy: Toy) -> None:
         def build(self, assembly: Assembly) -> Any:
             inner = super().build(assembly)
 
-            class Predictor:
+            class Predictor(Plain):
                 def logits(self, texts: Sequence[str]) -> Logits:
                     if "damaged" in texts:
                         raise InputError("input: an image could not be read")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Database
-from serving_kit import RECIPE, Client, Toy, ToyEngine, serving, wait_until
+from serving_kit import RECIPE, Client, Plain, Toy, ToyEngine, serving, wait_until
 from serving_talk import TALK, Heard, Talker, complete
 from tiny import tiny_records
 from tiny_kinds import KINDS
@@ -177,7 +177,7 @@ class Numbers(ToyEngine):
     def build(self, assembly: Assembly) -> Any:
         super().build(assembly)
 
-        class Predictor:
+        class Predictor(Plain):
             def logits(self, inputs: Sequence[Any]) -> Logits:
                 found = [[len(each) if isinstance(each, bytes) else sum(json.loads(each))] for each in inputs]
                 return np.array(found, np.float32)
@@ -221,7 +221,7 @@ def test_values_are_rounded_on_the_declared_scale(database: Database, tmp_path: 
         def build(self, assembly: Assembly) -> Any:
             inner = super().build(assembly)
 
-            class Predictor:
+            class Predictor(Plain):
                 def logits(self, inputs: Sequence[Any]) -> Logits:
                     return inner.logits(inputs) * np.float32(1.23456789012e-10)
 

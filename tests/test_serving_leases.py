@@ -1,6 +1,7 @@
 """The lease SQL against the real Postgres: who is granted what, under which lock."""
 
 import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from conftest import Database
 from serving_kit import Toy
 
 from service.store import barrier, leases
+from service.store.database import connect
 from service.store.leases import Beat
 
 pytestmark = pytest.mark.integration
@@ -114,3 +116,35 @@ def test_the_target_is_read_in_one_piece(toy: Toy) -> None:
     assert (target.version, target.floor) == (1, 0)
     assert target.body is not None
     assert target.recipe == toy.recipe.to_json()
+
+
+@pytest.mark.parametrize("call", ["heartbeat", "registration"])
+def test_a_process_that_is_paused_in_its_transaction_delays_a_publish_by_half_a_lease(toy: Toy, call: str) -> None:
+    process_id, _ = register(toy, 1)
+    paused = connect(toy.app_url)
+    if call == "heartbeat":
+        assert leases.beat(paused, process_id=process_id, model_id=toy.model_id, covers=1, freed=0).granted
+    else:
+        values = {"process_id": uuid.uuid4(), "model_id": toy.model_id, "name": "r", "covers": 1, "freed": 0}
+        assert leases.register(paused, **values, ttl_ms=500).granted
+    started = time.monotonic()
+    assert toy.publish("a", None) == 2
+    assert time.monotonic() - started < 2  # of a lease of half a second
+    with pytest.raises(psycopg.Error):
+        paused.commit()
+    paused.close()
+    assert [row["beats"] for row in toy.leases()] == [0]
+
+
+def test_what_is_told_is_durable_but_a_heartbeat(toy: Toy) -> None:
+    """Rules 3 and 12, whatever the database's own setting is: that of the tests is off."""
+    process_id = uuid.uuid4()
+    values = {"process_id": process_id, "model_id": toy.model_id, "covers": 1, "freed": 0}
+    with connect(toy.app_url) as connection:
+        leases.register(connection, **values, name="r", ttl_ms=500)
+        assert connection.execute("show synchronous_commit").fetchone() == ("on",)
+        connection.commit()
+        leases.beat(connection, **values)
+        assert connection.execute("show synchronous_commit").fetchone() == ("off",)
+        connection.commit()
+        assert connection.execute("show synchronous_commit").fetchone() == ("on",)

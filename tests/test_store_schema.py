@@ -23,12 +23,16 @@ pytestmark = pytest.mark.integration
 FRAGMENTS = {
     "datasets.COLUMNS": "a list of columns",
     "models.COLUMNS": "a list of columns",
+    "gates.COLUMNS": "a list of columns",
     "stages.HOLDS": "a condition",
     "stages.TAINTED_CELL": "a condition",
     "work.BACKOFF": "a condition",
     "erasure.UNHINDERED": "a condition",
     "lifts.STANDING": "a condition",
     "served.SERVED": "a recursive query",
+    "manifests.RECORDS": "tables and a condition",
+    "manifests.HELD": "a condition",
+    "compliance.REQUESTS": "a common table expression",
 }
 NOT_EXPLAINED = {  # Postgres explains only queries and changes of rows
     "records.COPY": "COPY",
@@ -38,8 +42,9 @@ NOT_EXPLAINED = {  # Postgres explains only queries and changes of rows
     "leases.LISTEN_MODEL": "LISTEN",
     "api_keys.LOCK_TABLE": "LOCK",
     "migrate.GRANT_REVISION": "GRANT",
+    "snapshots.BEGIN": "SET",
 }
-PARAMETER = re.compile(r"%\((\w+)\)s")
+PARAMETER = re.compile(r"%\((\w+)\)[sb]")
 
 
 def constants() -> Iterator[tuple[str, str]]:
@@ -155,7 +160,7 @@ def test_migrations_are_numbered_without_gaps(repository: Path) -> None:
 
 
 APPEND_ONLY = ("event_pending", "certificate", "assembly", "model_version", "cell_manifest", "absence", "ledger_leaf",
-               "ledger_node", "ledger_opening", "tree_head")  # fmt: skip
+               "ledger_node", "ledger_opening", "tree_head", "certificate_supplement")  # fmt: skip
 KEPT = ("tombstone", "deletion_request", "request_target", "do_not_train", "lease", "artifact")
 
 

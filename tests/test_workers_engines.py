@@ -56,7 +56,7 @@ def delete(world: World, subject: str) -> dict[str, Any]:
     steps.plan_targets(world.context, world.model_id)
     settle(world)
     (envelope,) = world.row("SELECT envelope FROM certificate WHERE request_id = %s", request_id)
-    checks = verify(envelope, world.public_key, artifacts=world.context.artifacts.root)
+    checks = verify(envelope, world.public_key, artifacts=world.context.artifacts.files.root)
     assert [check for check in checks if not check.passed] == []
     return json.loads(base64.b64decode(envelope["payload"]))["predicate"]
 

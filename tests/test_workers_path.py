@@ -61,6 +61,7 @@ def settle(world: World) -> None:
         waiting = work.list_to_erase(connection)
     for ref in waiting:
         steps.erase_target(world.context, ref.request_id, ref.model_id)
+        world.log()
         steps.certify_target(world.context, ref.request_id, ref.model_id)
 
 
@@ -83,7 +84,7 @@ def test_a_deletion_goes_from_received_to_completed_and_back_to_full_depth(world
     state, outcome = world.row("SELECT state, outcome FROM deletion_request WHERE request_id = %s", request_id)
     assert (state, outcome) == ("completed", "erased"), world.rows("SELECT * FROM request_target")
     (envelope,) = world.row("SELECT envelope FROM certificate WHERE request_id = %s", request_id)
-    checks = verify(envelope, world.public_key, artifacts=world.context.artifacts.root)
+    checks = verify(envelope, world.public_key, artifacts=world.context.artifacts.files.root)
     assert [check for check in checks if not check.passed] == []
     assert world.rows("SELECT 1 FROM record WHERE record_id = ANY(%s)", ids) == []
     steps.rebuild_model(world.context, world.model_id)

@@ -135,6 +135,7 @@ def test_preview_deactivation_and_rebuild_as_they_are_served(world: World, datab
             assert sum(found.depth_after) == 3
             seen |= {found.accuracy_before or 0.0, found.accuracy_after or 0.0}
             steps.erase_target(world.context, request_id, world.model_id)
+            world.log()
             steps.certify_target(world.context, request_id, world.model_id)
             build(world)
             version += 1
@@ -154,10 +155,10 @@ def test_accuracy_needs_one_evaluation_and_every_cells_sums(world: World) -> Non
     assert first.features.dtype == np.int32
     assert fits.encode(first, names[0].split("/")[1]) == world.context.artifacts.get(names[0])
     for name in names[:3]:
-        (world.context.artifacts.root / name).unlink()
+        (world.context.artifacts.files.root / name).unlink()
     assert foreseen(world, "s1").accuracy_before == whole
     (stage,) = world.row("SELECT min(object_name) FROM artifact WHERE kind = 'stage'")
-    file = world.context.artifacts.root / stage
+    file = world.context.artifacts.files.root / stage
     data = file.read_bytes()
     file.write_bytes(data[:-1] + b"x")
     assert "sums of one are not at hand" in (foreseen(world, "s1").accuracy_note or "")
@@ -165,5 +166,5 @@ def test_accuracy_needs_one_evaluation_and_every_cells_sums(world: World) -> Non
     assert foreseen(world, "s1").accuracy_before is None
     file.write_bytes(data)
     assert foreseen(world, "s1").accuracy_before == whole
-    (world.context.artifacts.root / names[3]).unlink()
+    (world.context.artifacts.files.root / names[3]).unlink()
     assert foreseen(world, "s1").accuracy_before is None

@@ -9,12 +9,12 @@ from uuid import UUID, uuid4
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from key_store import file_keys, open_local
 from tiny import tiny_recipe, tiny_record
 
 from service.domain.requests import Kind
 from service.settings import Settings
 from service.store import api_keys, datasets, models, requests, subjects
-from service.store.artifacts import LocalArtifacts
 from service.store.database import Pool, make_pool, transaction
 from service.store.datasets import Dataset
 from service.store.ingest import Ingested, Line, ingest
@@ -23,6 +23,7 @@ from shards.manifest import Record
 from shards.partition import dataset_key, record_id_of
 from shards.recipe import Backbone, Recipe
 from workers.context import Context
+from workers.sequencer import Sequencer
 
 
 @dataclass
@@ -87,6 +88,12 @@ class World:
             assert isinstance(requests.receive(connection, new), list)
         return new.request_id
 
+    def log(self) -> None:
+        """Number, sign and publish what was recorded, as the loops do: certificates wait for it."""
+        sequencer = Sequencer(self.pool, self.context.artifacts, self.context.settings)
+        sequencer.sequence()
+        sequencer.publish()
+
     def rest(self) -> None:
         """Let the distance between attempts at a stage pass."""
         with transaction(self.pool) as connection:
@@ -112,11 +119,15 @@ def make_world(database: Any, directory: Path, backbone: Backbone, **recipe_chan
     (keys / "signing.pem").write_bytes(pem)
     (keys / "signing.pem").chmod(0o600)
     settings = Settings(
-        database_url=database.app_url, artifact_url=f"file://{directory}/artifacts", keys_dir=keys, job_attempts=2
+        database_url=database.app_url,
+        artifact_url=f"file://{directory}/artifacts",
+        keys_dir=keys,
+        job_attempts=2,
+        file_keys_url=file_keys(directory / "artifacts"),
     )
     pool = make_pool(database.app_url, size=6)
     pool.open()
-    context = Context(settings, pool, LocalArtifacts(directory / "artifacts"), Bells())
+    context = Context(settings, pool, open_local(directory / "artifacts"), Bells())
     recipe = tiny_recipe(backbone, **recipe_changes)
     with transaction(pool) as connection:
         token = api_keys.create(connection, "tests", list(api_keys.Scope))

@@ -16,11 +16,11 @@ from uuid import UUID
 import psycopg
 import pytest
 from conftest import Database, Server
+from key_store import file_keys, open_local
 from world import Bells, World, make_world
 
 from service.standalone.postgres import APP
 from service.store import datasets, ingest
-from service.store.artifacts import LocalArtifacts
 from service.store.database import make_pool
 from service.store.secrets import Secrets
 from shards.recipe import Backbone
@@ -45,6 +45,7 @@ class Copy(World):
         """Barrier, erasure and certificates of all targets, as the bells would have it."""
         Barrier(self.pool, margin=0.05).look()
         for step in (steps.erase_target, steps.certify_target):
+            self.log()
             for request_id in request_ids:
                 for (model_id,) in self.rows("SELECT model_id FROM request_target WHERE request_id = %s", request_id):
                     step(self.context, request_id, model_id)
@@ -98,12 +99,20 @@ class Mould:
         name = f"copy_{uuid.uuid4().hex}"
         self.server.create(name, template=self.name)
         shutil.copytree(self.directory / "artifacts", directory / "artifacts", copy_function=os.link)
+        shutil.copytree(self.directory / "file-keys", directory / "file-keys")  # no links: keys are overwritten
         old = self.world.context.settings
         url = self.server.url(APP, name)
-        settings = old.model_copy(update={"database_url": url, "artifact_url": f"file://{directory}/artifacts"})
+        settings = old.model_copy(
+            update={
+                "database_url": url,
+                "artifact_url": f"file://{directory}/artifacts",
+                "file_keys_url": file_keys(directory / "artifacts"),
+                "ledger_high_water": directory / "tree-head",
+            }
+        )
         pool = make_pool(url, size=8)
         pool.open()
-        context = Context(settings, pool, LocalArtifacts(directory / "artifacts"), Bells())  # type: ignore[arg-type]
+        context = Context(settings, pool, open_local(directory / "artifacts"), Bells())  # type: ignore[arg-type]
         values = {each.name: getattr(self.world, each.name) for each in fields(World)} | {"context": context}
         try:
             yield Copy(**values, owner_url=self.server.url("", name))

@@ -54,11 +54,12 @@ def release(world: Copy, hold_id: UUID) -> holds.Hold:
         return holds.release(connection, hold_id, actor=world.actor)
 
 
-def stored(world: Copy) -> set[UUID]:
-    """Records whose payloads lie in the cells' files."""
+def stored(world: Copy, *, missing: bool = False) -> set[UUID]:
+    """Records whose payloads lie in the cells' files; `missing`: which may be missing."""
     return {
         each.record.record_id
         for (name,) in world.rows("SELECT object_name FROM cell WHERE object_name IS NOT NULL")
+        if not missing or world.context.artifacts.files.exists(name)
         for each in payloads.decode(world.context.artifacts.get(name))
     }
 

@@ -18,6 +18,7 @@ QUEUES = {
     "target.certify": "default",
     "model.rebuild": "default",
     "model.publish": "default",
+    "model.gate": "train",
     "stages.train": "train",
     "stages.replay": "train",
 }

@@ -5,13 +5,12 @@ Any number of barriers may run; each trusts only its own monotonic clock and wha
 
 import time
 from dataclasses import dataclass, field
-from datetime import datetime
 from uuid import UUID
 
 import structlog
 
 from service.store import barrier
-from service.store.barrier import LeaseRow, Waiting
+from service.store.barrier import LeaseRow, Server, Waiting
 from service.store.database import Pool, retrying, transaction
 
 log = structlog.get_logger()
@@ -34,20 +33,28 @@ class Clocks:
 
     margin: float
     """Seconds added to every time to live: what clocks may drift apart."""
+    ttl: float = 0.0
+    """Seconds of the longest lease that may run without a row here: a Postgres that was restored has lost rows."""
     floors: dict[tuple[int, int], float] = field(default_factory=dict[tuple[int, int], float])
     """(model, floor) -> when it was read as committed."""
     processes: dict[UUID, _Seen] = field(default_factory=dict[UUID, _Seen])
-    started: datetime | None = None
-    """Start of the postmaster whose rows these are."""
+    server: Server | None = None
+    """The Postgres whose rows these are."""
     since: float = 0.0
-    """When this postmaster was first seen: until a lease's length has passed, only timeouts declare (rule 10)."""
+    """When it was first seen: until a lease's length has passed, only timeouts declare (rule 10)."""
 
-    def saw_postmaster(self, started: datetime, now: float) -> None:
-        """Forget everything when another postmaster answers: acknowledgements may have been lost with the old one."""
-        if started != self.started:
-            self.started, self.since = started, now
-            self.processes.clear()
+    def saw_server(self, server: Server, now: float) -> None:
+        """Forget what another Postgres said: with it renewals, acknowledgements and whole rows may have been lost.
+
+        At a checkpoint silence is counted anew: it may be the one after a crash, of which nothing else tells, and what
+        a crash has lost is at most the newest heartbeats (rule 12).
+        """
+        if self.server is None or server.is_another_than(self.server):
+            self.since = now
             self.floors.clear()
+        if server != self.server:
+            self.server = server
+            self.processes.clear()
 
     def saw_leases(self, leases: list[LeaseRow], now: float) -> None:
         """Note which processes renewed since the last look."""
@@ -79,9 +86,9 @@ class Clocks:
         return now > self.processes[lease.process_id].since + lease.ttl_ms / 1000 + self.margin
 
     def trusts_acknowledgements(self, leases: list[LeaseRow], now: float) -> bool:
-        """False for one lease's length after another postmaster took over (rule 10)."""
-        longest = max((lease.ttl_ms for lease in leases), default=0) / 1000
-        return now > self.since + longest + self.margin or not leases
+        """False for one lease's length after another Postgres took over, also of rows that it may lack (rule 10)."""
+        longest = max((self.ttl, *(lease.ttl_ms / 1000 for lease in leases)))
+        return longest == 0 or now > self.since + longest + self.margin
 
 
 def _open(waiting: Waiting, key: tuple[int, int]) -> bool:
@@ -92,25 +99,25 @@ def _open(waiting: Waiting, key: tuple[int, int]) -> bool:
 class Barrier:
     """One look at a time, at the caller's pace. What follows from a declaration is the relay's to ring."""
 
-    def __init__(self, pool: Pool, *, margin: float) -> None:
-        """`margin` in seconds, as in `Clocks`."""
+    def __init__(self, pool: Pool, *, margin: float, ttl: float = 0.0) -> None:
+        """`margin` and `ttl` in seconds, as in `Clocks`."""
         self._pool = pool
-        self._clocks = Clocks(margin)
+        self._clocks = Clocks(margin, ttl)
 
     def look(self) -> bool:
         """Declare what can be declared, end what has run out; returns whether a floor is still waited for."""
         with transaction(self._pool) as connection:
-            started, waiting, leases = barrier.look(connection)
+            server, waiting, leases = barrier.look(connection)
         now = boottime()  # after the reads: what was read was committed before it
         clocks = self._clocks
-        clocks.saw_postmaster(started, now)
+        clocks.saw_server(server, now)
         clocks.saw_leases(leases, now)
         clocks.saw_floors(waiting, now)
-        declared = [self._declare(each, leases, now) for each in waiting]
-        self._end_silent(leases, now)
+        declared = [self._declare(each, leases, server, now) for each in waiting]
+        self._end_silent(leases, server, now)
         return False in declared
 
-    def _end_silent(self, leases: list[LeaseRow], now: float) -> None:
+    def _end_silent(self, leases: list[LeaseRow], server: Server, now: float) -> None:
         """End processes whose lease ran out, so that the next deactivation need not wait for them."""
         silent: dict[int, dict[UUID, int]] = {}
         for lease in leases:
@@ -118,28 +125,28 @@ class Barrier:
                 silent.setdefault(lease.model_id, {})[lease.process_id] = lease.beats
         for model_id, expired in silent.items():
             with transaction(self._pool) as connection:
-                ended = barrier.end_expired(connection, model_id, expired)
+                still = barrier.is_still(connection, server)
+                ended = barrier.end_expired(connection, model_id, expired) if still else []
             if ended:
                 log.warning("barrier.fenced", model_id=model_id, processes=len(ended))
 
-    def _declare(self, waiting: Waiting, leases: list[LeaseRow], now: float) -> bool:
+    def _declare(self, waiting: Waiting, leases: list[LeaseRow], server: Server, now: float) -> bool:
         """Declare the highest floor that nobody lags behind; False when the newest is not declared yet."""
         mine = [lease for lease in leases if lease.model_id == waiting.model_id]
-        floors = sorted((f for m, f in self._clocks.floors if m == waiting.model_id), reverse=True)
-        for floor in floors:
+        if not self._clocks.trusts_acknowledgements(mine, now):
+            return False
+        for floor in sorted((f for m, f in self._clocks.floors if m == waiting.model_id), reverse=True):
             expired = {lease.process_id: lease.beats for lease in mine if self._clocks.is_expired(lease, floor, now)}
             lagging = [lease for lease in mine if lease.covers < floor and lease.process_id not in expired]
-            timer = self._clocks.floors[waiting.model_id, floor]
-            trusted = self._clocks.trusts_acknowledgements(mine, now) or all(
-                now > timer + lease.ttl_ms / 1000 + self._clocks.margin for lease in mine
-            )
-            if not lagging and trusted and self._commit(waiting.model_id, floor, expired):
+            if not lagging and self._commit(waiting.model_id, floor, expired, server):
                 return floor == waiting.floor
         return False
 
-    def _commit(self, model_id: int, floor: int, expired: dict[UUID, int]) -> bool:
+    def _commit(self, model_id: int, floor: int, expired: dict[UUID, int], server: Server) -> bool:
         def step() -> barrier.Declared | None:
             with transaction(self._pool) as connection:
+                if not barrier.is_still(connection, server):
+                    return None
                 return barrier.declare(connection, model_id, floor, expired=expired)
 
         declared = retrying(step)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from service.settings import Settings, settings
-from service.store.artifacts import LocalArtifacts, open_artifacts
+from service.store.artifacts import Artifacts, open_artifacts
 from service.store.database import Pool, make_pool
 from workers.bell import Bell
 
@@ -15,7 +15,7 @@ class Context:
 
     settings: Settings
     pool: Pool
-    artifacts: LocalArtifacts
+    artifacts: Artifacts
     bell: Bell
 
 
@@ -25,4 +25,9 @@ def context() -> Context:
     chosen = settings()
     pool = make_pool(chosen.database_url, size=3, checked=False)
     pool.open()
-    return Context(chosen, pool, open_artifacts(chosen.artifact_url), Bell(chosen.redis_url))
+    return Context(
+        chosen,
+        pool,
+        open_artifacts(chosen.artifact_url, chosen.file_keys_url),
+        Bell(chosen.redis_url),
+    )

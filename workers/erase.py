@@ -8,7 +8,7 @@ import structlog
 from service.domain.requests import State
 from service.evidence.events import EventKind
 from service.store import barrier, cells, erasure, events, objects, payloads, targets
-from service.store.artifacts import LocalArtifacts
+from service.store.artifacts import Artifacts
 from service.store.cells import Cell
 from service.store.database import Pool, get_time, retrying, transaction
 from service.store.objects import Object
@@ -103,18 +103,21 @@ def _wait_until_freed(pool: Pool, model_id: int, version: int) -> None:
 
 def destroy(
     pool: Pool,
-    artifacts: LocalArtifacts,
+    artifacts: Artifacts,
     doomed: Object,
     *,
     request_id: UUID | None = None,
     model_id: int | None = None,
 ) -> None:
-    """Delete a doomed object, look whether it is absent, and record when, by the clock that dates certificates."""
+    """Destroy a doomed object's key and the object, look whether both are absent, and record when.
+
+    By the clock that dates certificates.
+    """
     artifacts.delete(doomed.object_name)
     with transaction(pool) as connection:
         gone_at = get_time(connection)  # after the deletion and before the look, so true of both
     if artifacts.exists(doomed.object_name):
-        raise OSError("the artefact store still has an object after its deletion")
+        raise OSError("an object or its key is still there after its deletion")
     with transaction(pool) as connection:
         objects.mark_destroyed(
             connection,

@@ -11,7 +11,7 @@ from uuid import uuid4
 import numpy as np
 
 from service.store import cells, evaluations, fits, jobs, objects, payloads
-from service.store.artifacts import LocalArtifacts
+from service.store.artifacts import Artifacts
 from service.store.database import transaction
 from service.store.jobs import Job
 from service.store.models import Model
@@ -43,7 +43,7 @@ def write(
     with transaction(context.pool) as connection:
         root = evaluations.evaluation_root(connection, model.evaluation_id)
         found = cells.list_cells(connection, model.evaluation_id)
-    records = _records(context.artifacts, root, tuple(cell.object_name for cell in found if cell.object_name))
+    records = read_records(context.artifacts, root, tuple(cell.object_name for cell in found if cell.object_name))
     if not records:
         return []
     data = _body(_reader(engine, context.settings.device), recipe, stage, chain, records, root)
@@ -107,7 +107,7 @@ def _prepared(reader: Reader, recipe: Recipe, records: tuple[Record, ...]) -> An
 
 
 @lru_cache(maxsize=1)
-def _records(artifacts: LocalArtifacts, _root: str, object_names: tuple[str, ...]) -> tuple[Record, ...]:
+def read_records(artifacts: Artifacts, _root: str, object_names: tuple[str, ...]) -> tuple[Record, ...]:
     """Records of the evaluation set, which is declared non-deletable, by record id; read once per content."""
     found = [each.record for name in object_names for each in payloads.decode(artifacts.get(name))]
     return tuple(sorted(found, key=lambda record: record.record_id.bytes))

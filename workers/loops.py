@@ -1,4 +1,4 @@
-"""The loops as one program: barrier, sequencer, relay, reaper, replays. `python -m workers.loops`.
+"""The loops as one program: barrier, sequencer, relay, reaper, replays, supplements. `python -m workers.loops`.
 
 Any number of them may run.
 """
@@ -21,12 +21,14 @@ from workers.reaper import Reaper
 from workers.relay import Relay
 from workers.replays import Replays
 from workers.sequencer import PUBLISH_SECONDS, SEQUENCE_SECONDS, Sequencer
+from workers.supplements import Supplements
 
 log = structlog.get_logger()
 
 RELAY_SECONDS = 0.25
 REAPER_SECONDS = 1.0
 REPLAY_SECONDS = 5.0
+SUPPLEMENT_SECONDS = 5.0
 WAITING_SECONDS = 0.02
 """How often the barrier looks while a floor is waited for, should a notification be lost."""
 ACKNOWLEDGE_SECONDS = 0.01
@@ -79,9 +81,16 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    barrier = Barrier(chosen.pool, margin=chosen.settings.lease_margin_ms / 1000)
+    lease = chosen.settings
+    barrier = Barrier(chosen.pool, margin=lease.lease_margin_ms / 1000, ttl=lease.lease_ttl_ms / 1000)
     relay = Relay(chosen.pool, chosen.bell)
-    reaper = Reaper(chosen.pool, chosen.artifacts, job_attempts=chosen.settings.job_attempts)
+    reaper = Reaper(
+        chosen.pool,
+        chosen.artifacts,
+        job_attempts=chosen.settings.job_attempts,
+        certificate_days=chosen.settings.certificate_days,
+        do_not_train_days=chosen.settings.do_not_train_days,
+    )
     replays = Replays(chosen.pool, chosen.bell, sample=chosen.settings.replay_daily_sample)
     numbers = make_pool(chosen.settings.database_url, size=2, checked=False)  # of its own: it is asked all the time
     numbers.open()
@@ -91,6 +100,7 @@ def main() -> None:
         threading.Thread(target=every, args=(stop, "relay", RELAY_SECONDS, relay.look)),
         threading.Thread(target=every, args=(stop, "reaper", REAPER_SECONDS, reaper.look)),
         threading.Thread(target=every, args=(stop, "replays", REPLAY_SECONDS, replays.look)),
+        threading.Thread(target=every, args=(stop, "supplements", SUPPLEMENT_SECONDS, Supplements(chosen).look)),
         threading.Thread(target=every, args=(stop, "sequencer", SEQUENCE_SECONDS, sequencer.look)),
         threading.Thread(target=every, args=(stop, "ledger", PUBLISH_SECONDS, sequencer.look_and_publish)),
     ]

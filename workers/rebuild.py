@@ -1,11 +1,12 @@
-"""Rebuilding: which stages are trained again and when, by the model's policy, and the publication of what was built."""
+"""Rebuilding: which stages are trained again and when, by the model's policy, and the release of what was built."""
 
 from service.evidence.events import EventKind
-from service.store import cells, deferrals, events, jobs, models, publish, rebuilds, stages
+from service.store import canaries, cells, deferrals, events, jobs, models, rebuilds, stages
 from service.store.database import Connection, get_time, retrying, transaction
 from service.store.models import Model
 from shards.rebuild import Policy, Rebuild
 from workers.context import Context
+from workers.release import release
 
 
 def rebuild_model(context: Context, model_id: int) -> int:
@@ -52,7 +53,8 @@ def _plan(connection: Connection, model_id: int) -> int:
         _schedule(connection, model, planned)
         return 0
     keys = [stage.key for stage in planned.stages]
-    stages.insert_stages(connection, model_id, planned.stages, found.places)
+    gated = model.gate is not None or model.canary is not None
+    stages.insert_stages(connection, model_id, planned.stages, found.places, gated=gated)
     jobs.insert_jobs(connection, model_id, keys, {stage.key: found.work(stage) for stage in planned.stages})
     if keys:
         events.append(connection, EventKind.STAGE_QUEUED, model_id=model_id, stages=keys)
@@ -78,33 +80,35 @@ def _schedule(connection: Connection, model: Model, planned: Rebuild) -> None:
 def publish_model(context: Context, model_id: int) -> int | None:
     """Serve the best clean assembly once no job is open; None when jobs are, or nothing changed.
 
-    Where deletions wait for it (`rebuild_first`), the planner publishes it with their deactivation: one swap.
+    Where the model has a gate, it is evaluated first; where it has a canary, it gets a share of the traffic first, and
+    a canary whose time has come gets it all. Where deletions wait for the assembly (`rebuild_first`), the planner
+    publishes it with their deactivation: one swap.
     """
 
-    def step() -> tuple[int | None, bool]:
+    def step() -> tuple[int | None, str | None]:
         with transaction(context.pool) as connection:
-            model = models.lock_model(connection, model_id)
-            if not (model.building or model.deferring) or jobs.count_open(connection, model_id):
-                return None, False
-            if model.deferring:
-                if model.rebuild_wanted or not deferrals.is_loaded(connection, model_id):
-                    return None, False
-                if deferrals.end(connection, model_id):
-                    models.mark_built(connection, model_id)
-                    return None, True
-                model = models.lock_model(connection, model_id)
-            models.mark_built(connection, model_id)
-            return _publish(connection, model), False
+            return _publish_when_built(connection, model_id)
 
-    version, swap = retrying(step)
-    if swap:
-        context.bell.ring("targets.plan", model_id)
+    version, then = retrying(step)
+    if then:
+        context.bell.ring(then, model_id)
     return version
 
 
-def _publish(connection: Connection, model: Model) -> int | None:
-    found = publish.candidate(connection, model)
-    nothing = found.served is None and not any(found.assembly.members)  # every training failed
-    if nothing or found.assembly.digest == found.served:
-        return None
-    return publish.publish(connection, model, found, cause="rebuild" if model.version else "train")
+def _publish_when_built(connection: Connection, model_id: int) -> tuple[int | None, str | None]:
+    """The version that was published, if any, and the task to ring next."""
+    model = models.lock_model(connection, model_id)
+    if model.canary_until is not None and model.canary_until <= get_time(connection):
+        canaries.promote(connection, model, actor=None, reason_code="time_passed")
+        model = models.lock_model(connection, model_id)
+    if not (model.building or model.deferring) or jobs.count_open(connection, model_id):
+        return None, None
+    if model.deferring:
+        if model.rebuild_wanted or not deferrals.is_loaded(connection, model_id):
+            return None, None
+        if deferrals.end(connection, model_id):
+            models.mark_built(connection, model_id)
+            return None, "targets.plan"
+        model = models.lock_model(connection, model_id)
+    models.mark_built(connection, model_id)
+    return release(connection, model)

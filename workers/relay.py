@@ -2,7 +2,7 @@
 
 import time
 
-from service.store import work
+from service.store import gates, work
 from service.store.database import Pool, transaction
 from workers.bell import Bell
 
@@ -32,6 +32,7 @@ class Relay:
                 *(("target.certify", (str(ref.request_id), ref.model_id)) for ref in work.list_to_certify(connection)),
                 *(("model.rebuild", (model_id,)) for model_id in work.list_to_rebuild(connection)),
                 *(("model.publish", (model_id,)) for model_id in work.list_to_publish(connection)),
+                *(("model.gate", (model_id,)) for model_id in gates.list_to_evaluate(connection)),
             ]
         now = time.monotonic()
         self._rung = {key: at for key, at in self._rung.items() if now - at < QUIET_SECONDS}

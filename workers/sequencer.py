@@ -6,7 +6,6 @@ functions of the leaves, so whoever writes them writes the same.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import psycopg
 import structlog
@@ -14,14 +13,17 @@ import structlog
 from service.domain.errors import UnavailableError
 from service.evidence.events import EventKind
 from service.evidence.keys import keyid, load_signing_key
-from service.evidence.merkle import TILE_WIDTH, Tree
-from service.evidence.tiles import CHECKPOINT, Tile
-from service.evidence.tree_head import ForkError, TreeHead, TreeHeadError, read_head, sign_head
+from service.evidence.merkle import TILE_WIDTH
+from service.evidence.tiles import Tile
+from service.evidence.tree_head import ForkError, TreeHead, read_head, sign_head
 from service.settings import Settings
-from service.store import events, ledger
-from service.store.artifacts import LocalArtifacts
-from service.store.database import Connection, Pool, retrying, transaction
-from service.store.ledger_files import LedgerFiles, contents, read_high_water, write_high_water
+from service.store import events, ledger, rotation, vetting
+from service.store.artifacts import Artifacts
+from service.store.database import Connection, Pool, QuarantineError, retrying, transaction
+from service.store.ledger_files import LedgerFiles, contents, write_high_water
+from service.store.vetting import BehindError, Seen, StoreBehindError
+
+__all__ = ["BehindError", "Seen", "Sequencer", "StoreBehindError"]
 
 log = structlog.get_logger()
 
@@ -36,48 +38,16 @@ AWAY = (UnavailableError, psycopg.OperationalError, OSError)
 """Stores that are away: the loop tries again. Anything else rests: the barrier in the same program goes on."""
 
 
-class BehindError(TreeHeadError):
-    """The database is older than a tree head that was signed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """Checkpoints outside the database, as they were read."""
-
-    published: bytes | None
-    high_water: bytes | None
-
-    @property
-    def heads(self) -> list[TreeHead]:
-        """What they say. Unsigned ones stop the ledger, too: every one is compared with the leaves.
-
-        Raises:
-            TreeHeadError: one of them cannot be read.
-        """
-        found: list[TreeHead] = []
-        for name, data in (
-            ("ledger/checkpoint of the artefact store", self.published),
-            ("high-water file", self.high_water),
-        ):
-            try:
-                found += [read_head(data.decode(errors="replace"))] if data is not None else []
-            except TreeHeadError as error:
-                raise TreeHeadError(
-                    f"the {name} is damaged: {error}. Restore it, or remove it: a new one is written"
-                ) from None
-        return found
-
-
 class Sequencer:
     """Numbers, signs and publishes, one look at a time, at the caller's pace."""
 
-    def __init__(self, pool: Pool, artifacts: LocalArtifacts, settings: Settings) -> None:
+    def __init__(self, pool: Pool, artifacts: Artifacts, settings: Settings) -> None:
         """The signing key is read when it is needed."""
         self._pool = pool
         self._files = LedgerFiles(artifacts)
         self._settings = settings
         self._high_water = settings.ledger_high_water or settings.keys_dir / "tree-head"
-        self._vetted = ""
+        self._vetted = False
         self._resting: dict[str, float] = {}
         self._erased = -ERASE_SECONDS
 
@@ -100,8 +70,8 @@ class Sequencer:
             ForkError: it holds others.
         """
         count = 0
-        while (batch := self._batch()) is None or batch == ledger.BATCH:
-            count += batch or 0
+        while (batch := self._batch()) == ledger.BATCH:
+            count += batch
         return count + batch
 
     def publish(self) -> TreeHead | None:
@@ -112,9 +82,16 @@ class Sequencer:
         Raises:
             TreeHeadError: nothing was signed, or a file holds other bytes than the database.
         """
-        seen = self._seen()
         with transaction(self._pool) as connection:
-            signed = self._sign(connection, seen)
+            before = vetting.get(connection)  # ahead of the files: what another publishes meanwhile is no loss
+        seen = vetting.see(self._files, self._high_water)
+        try:
+            with transaction(self._pool) as connection:
+                signed = self._sign(connection, seen)
+                vetting.require_store(before, seen)
+        except (BehindError, StoreBehindError, ForkError) as error:
+            vetting.shut(self._pool, str(error))
+            raise
         if signed is None:
             return None
         head, note = signed
@@ -124,7 +101,9 @@ class Sequencer:
         written = read_head(seen.published.decode()).size if seen.published is not None else 0
         if written < head.size:
             self._files.write(written, head.size, self._read)
-            self._files.publish(note, expected=seen.published)
+            if self._files.publish(note, expected=seen.published):
+                with transaction(self._pool) as connection:
+                    vetting.mark_published(connection, head.size)
         return head
 
     def erase(self) -> int:
@@ -147,37 +126,32 @@ class Sequencer:
             log.info("ledger.openings_erased", openings=count)
         return count
 
-    def _batch(self) -> int | None:
-        """Number one batch; None where the heads outside must be read first."""
-        seen = None if self._vetted else self._seen()  # not within the transaction
+    def _batch(self) -> int:
+        """Number one batch, in a database that was compared with the heads outside since it started."""
+        with transaction(self._pool) as connection:
+            found = vetting.get(connection)
+        if not (self._vetted and found.is_open and found.database):
+            self._vetted = False
+            vetting.vet(self._pool, self._files, self._high_water)
+            self._vetted = True
+        elif not found.waiting:
+            return 0
 
-        def step() -> int | None:
+        def step() -> int:
             with transaction(self._pool) as connection:
-                database = ledger.find_waiting(connection)
-                if database is None:
-                    return 0
-                if database != self._vetted:  # another one than was compared before: it may have been restored
-                    self._vetted = ""
-                    if seen is None:
-                        return None
-                    last = ledger.find_tree_head(connection)  # first: another may number and sign between the two
-                    _require_agreement(connection, ledger.get_head(connection), last, seen)
-                    self._vetted = database
                 return ledger.sequence(connection)
 
         return retrying(step)
 
-    def _seen(self) -> Seen:
-        return Seen(self._files.read(CHECKPOINT), read_high_water(self._high_water))
-
     def _sign(self, connection: Connection, seen: Seen) -> tuple[TreeHead, str] | None:
         """The head over all leaves and its checkpoint; what was signed before is found again, never signed anew."""
-        last = ledger.find_tree_head(connection)  # first: another may number and sign between the two
+        rotation.lock_signing(connection)  # then read: the key that signs, and how far the one before it did
+        last = ledger.find_tree_head(connection)
         current = ledger.get_head(connection)
         known = {(head.size, head.root) for head in seen.heads}
         if last is not None and last.size == current.size and known == {(last.size, last.root)}:
             return read_head(last.note), last.note
-        tree = _require_agreement(connection, current, last, seen)
+        tree = vetting.require_agreement(connection, current, last, seen)
         if current.size == 0:
             return None
         root = tree.root()
@@ -199,30 +173,11 @@ class Sequencer:
             return
         try:
             step()
-        except AWAY:
-            raise
-        except Exception as error:  # noqa: BLE001 - a thread that dies would take the barrier with it
+        except Exception as error:
+            if isinstance(error, AWAY) and not isinstance(error, QuarantineError):
+                raise
             self._resting[what] = time.monotonic() + REFUSED_SECONDS
             log.critical("ledger.refused", step=what, type=type(error).__name__, error=str(error))
-
-
-def _require_agreement(
-    connection: Connection, current: ledger.Head, last: ledger.SignedHead | None, seen: Seen
-) -> Tree:
-    """The tree of all leaves, once it continues every head that was seen anywhere (rule 16)."""
-    tree = ledger.tree(connection, current.size)
-    if current.size and tree.root() != current.range.root:
-        raise TreeHeadError("the ledger's head is not the root of its leaves: a table was changed by hand")
-    for head in (*([read_head(last.note)] if last else []), *seen.heads):
-        if head.size > current.size:
-            raise BehindError(
-                f"the database holds {current.size} leaves, but {head} was signed: it was restored from an older state."
-                " Nothing is numbered or signed until the newer database is back (docs/ledger.md)"
-            )
-        found = tree.subtree(0, head.size)
-        if found != head.root:
-            raise ForkError(head, TreeHead(head.origin, head.size, found))
-    return tree
 
 
 def _hashes(connection: Connection, tile: Tile) -> list[bytes]:

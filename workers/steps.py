@@ -48,7 +48,7 @@ def plan_targets(context: Context, model_id: int) -> int:
 
     def step() -> int:
         with transaction(context.pool) as connection:
-            return _plan(connection, model_id, counted=counted)
+            return plan_batch(connection, model_id, counted=counted)
 
     while True:
         try:
@@ -68,7 +68,11 @@ def _drop_hopeless(context: Context, model_id: int, request_ids: list[UUID]) -> 
                 _fail(connection, overdue.request_id, model_id, "PlannerDied")
 
 
-def _plan(connection: Connection, model_id: int, *, counted: bool) -> int:
+def plan_batch(connection: Connection, model_id: int, *, counted: bool) -> int:
+    """One deactivation for the received targets of a model, in the caller's transaction; returns how many.
+
+    `counted` says that the attempt of overdue ones was.
+    """
     model = models.lock_model(connection, model_id)
     if model.deactivated_ago is not None and model.deactivated_ago < SPACING_SECONDS:
         raise _TooSoonError(SPACING_SECONDS - model.deactivated_ago)

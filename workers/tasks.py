@@ -37,6 +37,14 @@ def publish_model(model_id: int) -> None:
     steps.publish_model(context(), model_id)
 
 
+@app.task(name="model.gate")
+def evaluate_model(model_id: int) -> None:
+    """Measure what a rebuild brought, and serve it where it keeps the model's bounds."""
+    from workers.gate import evaluate_model  # noqa: PLC0415 - torch costs seconds, and only this queue needs it
+
+    evaluate_model(context(), model_id)
+
+
 @app.task(name="stages.train")
 def train_stages() -> None:
     """Train queued stages until none is left that this worker could take."""

@@ -6,18 +6,40 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from service.api import audit, datasets, errors, exports, health, holds, models, replays, request, requests
+from service.api import (
+    audit,
+    audit_export,
+    challenges,
+    datasets,
+    do_not_train,
+    errors,
+    exports,
+    health,
+    holds,
+    models,
+    releases,
+    replays,
+    request,
+    requests,
+)
 from service.api.context import Context
 from service.api.doorbell import Doorbell
 from service.api.key_cache import KeyCache
 from service.api.middleware import LimitBody, Observe
 from service.domain.errors import UnavailableError
+from service.evidence.tree_head import TreeHeadError
+from service.logs import get_logger
 from service.metrics import HttpMetrics, StateCollector
 from service.settings import Settings
+from service.store import vetting
 from service.store.artifacts import open_artifacts
 from service.store.database import Pool, make_pool, transaction
 from service.store.gauges import Figures, read_figures
+from service.store.ledger_files import LedgerFiles
 from service.store.secrets import check_secrets, read_secrets
+from service.store.snapshots import Snapshots
+
+log = get_logger(__name__)
 
 POOL_SIZE = 8
 """Below the 40 threads that run endpoints; the connection budget is protocol.md section 9's."""
@@ -37,10 +59,11 @@ def create_app(settings: Settings) -> FastAPI:
         settings=settings,
         secrets=read_secrets(settings.keys_dir),
         pool=pool,
-        artifacts=open_artifacts(settings.artifact_url),
+        artifacts=open_artifacts(settings.artifact_url, settings.file_keys_url),
         doorbell=Doorbell(settings.redis_url),
         keys=KeyCache(pool),
         registry=registry,
+        snapshots=Snapshots(settings.database_url),
     )
 
     @asynccontextmanager
@@ -49,6 +72,8 @@ def create_app(settings: Settings) -> FastAPI:
         pool.open(wait=False)
         with suppress(UnavailableError), transaction(pool) as connection:
             check_secrets(connection, context.secrets)
+        with suppress(UnavailableError):  # what is not of one moment is shut, and said with each call
+            compare(context)
         context.doorbell.start()
         try:
             yield
@@ -66,11 +91,35 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    for part in (requests, request, holds, datasets, models, replays, exports, audit, health):
+    for part in (
+        requests,
+        request,
+        holds,
+        do_not_train,
+        datasets,
+        models,
+        releases,
+        replays,
+        exports,
+        audit,
+        audit_export,
+        challenges,
+        health,
+    ):
         app.include_router(part.router)
     app.add_middleware(LimitBody, upload_limit=settings.upload_limit_bytes)
     app.add_middleware(Observe, metrics=HttpMetrics(registry))
     return app
+
+
+def compare(context: Context) -> None:
+    """Compare the database with the ledger's files, as each start does; what differs shuts it (docs/restore.md)."""
+    settings = context.settings
+    high_water = settings.ledger_high_water or settings.keys_dir / "tree-head"
+    try:
+        vetting.vet(context.pool, LedgerFiles(context.artifacts), high_water)
+    except TreeHeadError as error:
+        log.critical("ledger.refused", error=str(error))
 
 
 def _figures(pool: Pool) -> Figures:

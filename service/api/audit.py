@@ -16,8 +16,8 @@ from service.evidence.leaves import parse_leaf
 from service.evidence.tiles import CHECKPOINT
 from service.evidence.tree_head import write_proof
 from service.store import ledger, requests
-from service.store.database import transaction
-from service.store.ledger import Entry
+from service.store.database import Connection, transaction
+from service.store.ledger import Entry, SignedHead
 from service.store.ledger_files import LedgerFiles
 
 router = APIRouter(tags=["audit"], responses=RESPONSES)
@@ -79,8 +79,12 @@ def get_inclusion_proof(request_id: UUID, here: Here, _caller: Auditor) -> dict[
             )
         if waiting or head is None or entries[-1].index >= head.size:
             raise ConflictError("the newest events are not under a signed tree head yet: try again in a second")
-        tree = ledger.tree(connection, head.size)
-        proofs = [write_proof(entry.index, tree.inclusion(entry.index), head.note) for entry in entries]
+        return prove(connection, request_id, entries, head)
+
+
+def prove(connection: Connection, request_id: UUID, entries: list[Entry], head: SignedHead) -> dict[str, Any]:
+    """Proofs of a request's leaves, all of them below `head.size`."""
+    tree = ledger.tree(connection, head.size)
     return {
         "type": "expunge inclusion proof v1",
         "request_id": str(request_id),
@@ -90,9 +94,9 @@ def get_inclusion_proof(request_id: UUID, here: Here, _caller: Auditor) -> dict[
                 "index": entry.index,
                 "leaf": bytes(entry.leaf).decode(),
                 "opening": bytes(entry.opening).decode() if entry.opening is not None else None,
-                "proof": proof,
+                "proof": write_proof(entry.index, tree.inclusion(entry.index), head.note),
             }
-            for entry, proof in zip(entries, proofs, strict=True)
+            for entry in entries
         ],
     }
 

@@ -9,9 +9,10 @@ from prometheus_client import CollectorRegistry
 from service.api.doorbell import Doorbell
 from service.api.key_cache import KeyCache
 from service.settings import Settings
-from service.store.artifacts import LocalArtifacts
+from service.store.artifacts import Artifacts
 from service.store.database import Pool
 from service.store.secrets import Secrets
+from service.store.snapshots import Snapshots
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +22,11 @@ class Context:
     settings: Settings
     secrets: Secrets
     pool: Pool
-    artifacts: LocalArtifacts
+    artifacts: Artifacts
     doorbell: Doorbell
     keys: KeyCache
     registry: CollectorRegistry
+    snapshots: Snapshots
 
 
 async def get_context(request: Request) -> Context:

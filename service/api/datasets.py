@@ -12,7 +12,8 @@ from service.api.errors import RESPONSES
 from service.api.schemas import NamePath, NewDataset
 from service.api.upload import UploadReader
 from service.domain.errors import InvalidInputError
-from service.store import datasets, ingest
+from service.evidence.events import EventKind
+from service.store import datasets, events, ingest
 from service.store.database import transaction
 from service.store.datasets import Dataset
 from service.store.priors import Prior
@@ -25,11 +26,12 @@ router = APIRouter(prefix="/v1/datasets", tags=["datasets"], responses=RESPONSES
 
 
 @router.post("", status_code=201)
-def create_dataset(body: NewDataset, here: Here, _caller: DataWriter, response: Response) -> dict[str, Any]:
+def create_dataset(body: NewDataset, here: Here, caller: DataWriter, response: Response) -> dict[str, Any]:
     """Declare a dataset; its grid, classes, priors and row cap never change."""
     with transaction(here.pool) as connection:
         priors = [Prior(**prior.model_dump()) for prior in body.priors]
         made = datasets.insert_dataset(connection, **body.model_dump(exclude={"priors"}), priors=priors)
+        events.append(connection, EventKind.DATASET_DECLARED, dataset_id=str(made.dataset_id), actor=caller.prefix)
     response.headers["Location"] = f"/v1/datasets/{made.name}"
     return _shown(made, 0)
 
@@ -67,6 +69,7 @@ async def upload_records(name: NamePath, request: Request, here: Here, _caller: 
     reader = UploadReader(
         dataset_key=dataset_key(here.secrets.partition, dataset.dataset_id),
         pepper=here.secrets.pepper,
+        older_peppers=here.secrets.older_peppers,
         classes=dataset.classes,
         task=dataset.task,
         input_kind=dataset.input,

@@ -11,10 +11,9 @@ from service.api.context import Here
 from service.api.cursors import make_cursor, open_cursor
 from service.api.errors import RESPONSES
 from service.api.schemas import NewHold
-from service.store import holds
+from service.store import holds, refusals
 from service.store.database import retrying, transaction
 from service.store.holds import Hold
-from service.store.subjects import alias_of
 
 PAGE = 50
 
@@ -28,7 +27,7 @@ def place_hold(body: NewHold, here: Here, caller: DeletionApprover) -> JSONRespo
 
     Placing the same hold again gives the one that stands. For approvers: the answer says whether anybody is known.
     """
-    alias = alias_of(here.secrets.pepper, body.subject.type, body.subject.value)
+    alias = here.secrets.alias(body.subject.type, body.subject.value)
 
     def step() -> Hold:
         with transaction(here.pool) as connection:
@@ -70,7 +69,8 @@ def release_hold(hold_id: HoldId, here: Here, caller: DeletionApprover) -> dict[
         with transaction(here.pool) as connection:
             return holds.release(connection, hold_id, actor=caller.prefix)
 
-    return _view(retrying(step))
+    with refusals.recorded(here.pool, "release_hold", actor=caller.prefix):
+        return _view(retrying(step))
 
 
 def _view(hold: Hold) -> dict[str, Any]:

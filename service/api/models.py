@@ -13,7 +13,9 @@ from service.api.doorbell import Task
 from service.api.errors import RESPONSES
 from service.api.schemas import ModelChange, NamePath, NewModel, RebuildPolicy
 from service.domain.errors import InvalidInputError
-from service.store import capacity, datasets, grid, models, policies
+from service.domain.release import Canary, Gate
+from service.evidence.events import EventKind
+from service.store import capacity, datasets, events, gates, grid, models, policies
 from service.store.database import Connection, transaction
 from service.store.datasets import Dataset
 from service.store.declare import declare_model
@@ -28,7 +30,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"], responses=RESPONSES)
 
 
 @router.post("", status_code=201)
-def create_model(body: NewModel, here: Here, _caller: ModelAdmin, response: Response) -> dict[str, Any]:
+def create_model(body: NewModel, here: Here, caller: ModelAdmin, response: Response) -> dict[str, Any]:
     """Declare a model; nothing is trained before the first rebuild."""
     recipe = _recipe(body.recipe)
     policy = _policy(body.rebuild, recipe)
@@ -50,6 +52,14 @@ def create_model(body: NewModel, here: Here, _caller: ModelAdmin, response: Resp
             erase_after=timedelta(seconds=body.erase_after_seconds),
             policy=policy,
             min_shards=body.min_shards,
+            answers=body.answers,
+        )
+        events.append(
+            connection,
+            EventKind.MODEL_DECLARED,
+            model_id=made.model_id,
+            recipe=made.recipe_digest,
+            actor=caller.prefix,
         )
         response.headers["Location"] = f"/v1/models/{made.name}"
         return _shown(connection, made)
@@ -72,7 +82,7 @@ def get_model(name: NamePath, here: Here, _caller: Caller) -> dict[str, Any]:
 
 @router.patch("/{name}")
 def change_model(name: NamePath, body: ModelChange, here: Here, caller: ModelAdmin) -> dict[str, Any]:
-    """Set when missing stages are trained, and how few shards may answer.
+    """Set when missing stages are trained, how few shards may answer, how much, and how a rebuild comes into service.
 
     Deletions that waited under the old rebuild policy are dealt with by the new one.
     """
@@ -82,9 +92,17 @@ def change_model(name: NamePath, body: ModelChange, here: Here, caller: ModelAdm
         if body.min_shards is not None:
             _check_min_shards(body.min_shards, recipe)
             changed = policies.set_min_shards(connection, name, body.min_shards, actor=caller.prefix)
+        if body.answers is not None:
+            changed = policies.set_answers(connection, name, body.answers, actor=caller.prefix)
         if body.rebuild is not None:
             policy = _policy(body.rebuild, recipe)
             changed = policies.set_policy(connection, name, policy, actor=caller.prefix)
+        if "gate" in body.model_fields_set:
+            gate = Gate(**body.gate.model_dump()) if body.gate else None
+            changed = policies.set_gate(connection, name, gate, actor=caller.prefix)
+        if "canary" in body.model_fields_set:
+            canary = Canary(**body.canary.model_dump()) if body.canary else None
+            changed = policies.set_canary(connection, name, canary, actor=caller.prefix)
         shown = _shown(connection, changed)
     if changed.rebuild_wanted:
         here.doorbell.ring(Task.REBUILD, changed.model_id)
@@ -93,11 +111,12 @@ def change_model(name: NamePath, body: ModelChange, here: Here, caller: ModelAdm
 
 
 @router.post("/{name}/rebuild", status_code=202)
-def rebuild_model(name: NamePath, here: Here, _caller: ModelAdmin) -> dict[str, Any]:
+def rebuild_model(name: NamePath, here: Here, caller: ModelAdmin) -> dict[str, Any]:
     """Train now what is missing or stale, whatever the rebuild policy waits for; the first time, everything."""
     with transaction(here.pool) as connection:
         model = models.get_model(connection, name)
         models.mark_rebuild_wanted(connection, model.model_id, forced=True)
+        events.append(connection, EventKind.REBUILD_REQUESTED, model_id=model.model_id, actor=caller.prefix)
     here.doorbell.ring(Task.REBUILD, model.model_id)
     return {"model": name, "links": {"model": f"/v1/models/{name}", "shards": f"/v1/models/{name}/shards"}}
 
@@ -271,9 +290,15 @@ def _shown(connection: Connection, model: Model) -> dict[str, Any]:
         "jobs": {row.state: row.jobs for row in grid.count_jobs(connection, model.model_id)},
         "depths": grid.depths(recipe, assembly),
         "slices": recipe.slices,
-        "building": model.building or model.rebuild_wanted,
+        "building": model.building or model.rebuild_wanted or gates.is_evaluating(connection, model.model_id),
+        "gate": model.gate,
+        "canary": model.canary,
+        "stable": model.stable,
+        "canary_until": model.canary_until.isoformat() if model.canary_until else None,
+        "pinned": model.pinned,
         "rebuild": model.policy.to_json(),
         "min_shards": model.min_shards,
+        "answers": model.answers,
         "rebuild_at": model.rebuild_at.isoformat() if model.rebuild_at else None,
         "rebuild_due": model.rebuild_due.isoformat() if model.rebuild_due else None,
         "deferring": model.deferring,

@@ -1,10 +1,10 @@
 """One deletion request: its state, its events, its certificate, another try, and its withdrawal."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import JSONResponse
 
 from service.api.auth import Auditor, DeletionApprover, DeletionReader, DeletionWriter
@@ -14,12 +14,17 @@ from service.api.errors import RESPONSES
 from service.api.schemas import NAME_PATTERN, Withdrawal
 from service.api.views import request_view, sees_outcomes
 from service.domain.requests import State
-from service.store import events, lifts, request_steps, requests
+from service.reports.certificate import compose
+from service.reports.pdf import render
+from service.store import certificates, events, lifts, refusals, request_steps, requests
 from service.store.api_keys import ApiKey
 from service.store.database import retrying, transaction
+from service.store.refusals import Attempt
+from shards.digest import canonical
 
 router = APIRouter(prefix="/v1/deletion-requests", tags=["deletion requests"], responses=RESPONSES)
 RequestId = Annotated[UUID, Path()]
+ModelName = Annotated[str | None, Query(pattern=NAME_PATTERN)]
 
 
 @router.get("/{request_id}")
@@ -53,18 +58,48 @@ def list_events(request_id: RequestId, here: Here, _caller: Auditor) -> dict[str
     return {"request_id": str(request_id), "events": shown}
 
 
-@router.get("/{request_id}/certificate")
+@router.get("/{request_id}/certificate", response_class=Response)
 def get_certificate(
     request_id: RequestId,
     here: Here,
     _caller: Auditor,
-    model: Annotated[str | None, Query(pattern=NAME_PATTERN)] = None,
-) -> JSONResponse:
-    """The signed certificate (DSSE) of a completed target. For auditors: it says what was touched."""
+    model: ModelName = None,
+    kind: Annotated[Literal["json", "pdf"] | None, Query(alias="format")] = None,
+    accept: Annotated[str | None, Header()] = None,
+) -> Response:
+    """The signed certificate (DSSE) of a completed target, in canonical JSON: its SHA-256 is the certificate's digest.
+
+    For auditors: it says what was touched. As a page for people with `format=pdf`, or where PDF is accepted.
+    """
     with transaction(here.pool) as connection:
         requests.get_request(connection, request_id)
-        found = request_steps.get_certificate(connection, request_id, model)
-    return JSONResponse(found.envelope, media_type="application/vnd.dsse.envelope.v1+json")
+        found = certificates.get_certificate(connection, request_id, model)
+    if kind == "pdf" or (kind is None and accept is not None and "application/pdf" in accept):
+        return Response(render("certificate", compose(found.envelope)), media_type="application/pdf")
+    return Response(canonical(found.envelope), media_type="application/vnd.dsse.envelope.v1+json")
+
+
+@router.get("/{request_id}/certificate/supplements")
+def list_supplements(request_id: RequestId, here: Here, _caller: Auditor, model: ModelName = None) -> dict[str, Any]:
+    """What became of the certificate's open ends: signed statements (DSSE), each naming the certificate's digest."""
+    with transaction(here.pool) as connection:
+        requests.get_request(connection, request_id)
+        certificate = certificates.get_certificate(connection, request_id, model)
+        found = certificates.list_supplements(connection, request_id, certificate.model_id)
+    return {
+        "request_id": str(request_id),
+        "model": certificate.model,
+        "certificate": certificate.digest,
+        "supplements": [
+            {
+                "number": each.number,
+                "digest": each.digest,
+                "issued_at": each.issued_at.isoformat(),
+                "envelope": each.envelope,
+            }
+            for each in found
+        ],
+    }
 
 
 @router.post("/{request_id}/retry", status_code=202)
@@ -79,7 +114,8 @@ def retry_request(request_id: RequestId, here: Here, caller: DeletionApprover) -
             targets = requests.list_targets(connection, [request_id])[request_id]
             return request_view(request, targets, full=sees_outcomes(caller)), resumed
 
-    view, resumed = retrying(step)
+    with refusals.recorded(here.pool, "retry", actor=caller.prefix, request_id=request_id):
+        view, resumed = retrying(step)
     for model_id, state in resumed.items():
         if state is State.RECEIVED:  # the other states are the loops' and the relay's business
             here.doorbell.ring(Task.PLAN, model_id)
@@ -92,17 +128,17 @@ def lift_request(request_id: RequestId, body: Withdrawal, here: Here, caller: De
 
     Records that another request is about stay out until that one is withdrawn, too.
     """
-    return _withdraw(lifts.lift, request_id, body, here, caller)
+    return _withdraw(lifts.lift, "lift", request_id, body, here, caller)
 
 
 @router.post("/{request_id}/revoke", status_code=202)
 def revoke_request(request_id: RequestId, body: Withdrawal, here: Here, caller: DeletionWriter) -> JSONResponse:
     """Take back a request that nothing was done for yet, and an erasure until erasing begins."""
-    return _withdraw(lifts.revoke, request_id, body, here, caller)
+    return _withdraw(lifts.revoke, "revoke", request_id, body, here, caller)
 
 
 def _withdraw(
-    verb: Callable[..., list[int]], request_id: UUID, body: Withdrawal, here: Context, caller: ApiKey
+    verb: Callable[..., list[int]], attempt: Attempt, request_id: UUID, body: Withdrawal, here: Context, caller: ApiKey
 ) -> JSONResponse:
     def step() -> tuple[dict[str, Any], list[int]]:
         with transaction(here.pool) as connection:
@@ -111,7 +147,8 @@ def _withdraw(
             targets = requests.list_targets(connection, [request_id])[request_id]
             return request_view(request, targets, full=sees_outcomes(caller)), changed
 
-    view, changed = retrying(step)
+    with refusals.recorded(here.pool, attempt, actor=caller.prefix, request_id=request_id):
+        view, changed = retrying(step)
     for model_id in changed:
         here.doorbell.ring(Task.REBUILD, model_id)
     return JSONResponse(view, status_code=202)

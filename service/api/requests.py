@@ -21,7 +21,6 @@ from service.store import datasets, request_steps, requests
 from service.store.api_keys import ApiKey
 from service.store.database import Connection, retrying, transaction
 from service.store.requests import RequestTarget
-from service.store.subjects import alias_of
 from shards.digest import canonical, keyed
 from shards.partition import dataset_key, record_id_of
 
@@ -68,10 +67,8 @@ def preview_request(body: About, here: Here, _caller: Auditor) -> dict[str, Any]
         dataset_id, external = _named_records(connection, here, body)
         for model in request_steps.list_deletable(connection, body.models):
             if body.subject is not None:
-                alias = alias_of(here.secrets.pepper, body.subject.type, body.subject.value)
-                record_ids = request_steps.list_records_of(
-                    connection, model.dataset_id, subject_type=alias.type, digest=alias.digest
-                )
+                alias = here.secrets.alias(body.subject.type, body.subject.value)
+                record_ids = request_steps.list_records_of(connection, model.dataset_id, alias)
             elif model.dataset_id == dataset_id:
                 record_ids = external
             else:
@@ -119,7 +116,7 @@ def _new_request(
         subject_commitment=keyed(pepper, b"request", request_id.bytes, *body.commitment_parts()),
         received_at=received_at,
         due_at=due_at(received_at, body.regime),
-        alias=alias_of(pepper, body.subject.type, body.subject.value) if body.subject else None,
+        alias=here.secrets.alias(body.subject.type, body.subject.value) if body.subject else None,
         record_ids=record_ids,
         dataset_id=dataset_id,
         model_ids=None if body.models is None else request_steps.get_model_ids(connection, body.models),

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import Path
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from service.domain.answers import Answers
 from service.domain.requests import Kind, Regime
 from service.store.subjects import TYPE_PATTERN, VALUE_LIMIT, normalise
 
@@ -112,18 +113,51 @@ class NewModel(Body):
     rebuild: RebuildPolicy = RebuildPolicy()
     min_shards: int = Field(default=1, ge=1, le=2**31 - 1)
     """With fewer live shards (engine `ridge`: cells) predictions are refused, since too few would speak."""
+    answers: Answers = Answers.PROBABILITIES
+    """How much answers tell: every class's probability, or the label with a rounded score (`top1`)."""
 
 
-class ModelChange(Body):
-    """What of a model can be changed; what is left out stays."""
+class GatePolicy(Body):
+    """Bounds that a rebuilt assembly must keep on the evaluation set before it serves.
 
-    rebuild: RebuildPolicy | None = None
-    min_shards: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    Its score is the share of right answers; of a regression 1 - mean error / declared spread.
+    """
+
+    within: float | None = Field(default=None, ge=0, le=100)
+    """How many points (hundredths) it may be below the served assembly."""
+    at_least: float | None = Field(default=None, ge=-1, le=1)
+    """The lowest score that may serve."""
 
     @model_validator(mode="after")
     def _something(self) -> Self:
-        if self.rebuild is None and self.min_shards is None:
-            raise ValueError("give rebuild, min_shards, or both")
+        if self.within is None and self.at_least is None:
+            raise ValueError("give within, at_least, or both; a gate of null is none")
+        return self
+
+
+class CanaryPolicy(Body):
+    """Which share of the traffic a rebuilt assembly gets before it gets all of it."""
+
+    share: int = Field(ge=1, le=99)
+    """Per cent of the requests."""
+    minutes: float | None = Field(default=None, gt=0, le=60 * 24 * 30)
+    """After this time without an engine's error it gets all; null: when an operator promotes it."""
+
+
+class ModelChange(Body):
+    """What of a model can be changed; what is left out stays, and a gate or canary of null ends."""
+
+    rebuild: RebuildPolicy | None = None
+    min_shards: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    answers: Answers | None = None
+    gate: GatePolicy | None = None
+    canary: CanaryPolicy | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        left_out = self.rebuild is None and self.min_shards is None and self.answers is None
+        if left_out and self.model_fields_set.isdisjoint({"gate", "canary"}):
+            raise ValueError("give rebuild, min_shards, answers, gate or canary")
         return self
 
 
@@ -191,11 +225,15 @@ class NewRequest(About):
         return self
 
 
-class Withdrawal(Body):
-    """Why a request is withdrawn, or a restriction lifted."""
+class Reason(Body):
+    """Why an operator decides what serves."""
 
     reason_code: ReasonCode
     """A code of the operator's own, recorded with the caller's key: never a name or an address."""
+
+
+class Withdrawal(Reason):
+    """Why a request is withdrawn, or a restriction lifted."""
 
 
 class NewHold(Body):
@@ -203,3 +241,12 @@ class NewHold(Body):
 
     subject: Subject
     reason_code: ReasonCode
+
+
+class NewConsent(Body):
+    """Somebody on the do-not-train list has consented anew."""
+
+    subject: Subject
+    reason_code: ReasonCode
+    dataset: Name | None = None
+    """Into which dataset; None: into every one."""

@@ -37,6 +37,7 @@ class UploadReader:
         *,
         dataset_key: bytes,
         pepper: bytes,
+        older_peppers: Sequence[bytes] = (),
         classes: list[str],
         task: str,
         input_kind: str,
@@ -47,6 +48,7 @@ class UploadReader:
         """`record_limit` in bytes of one line; the whole body's limit is the middleware's."""
         self._dataset_key = dataset_key
         self._pepper = pepper
+        self._older_peppers = older_peppers
         self._classes = frozenset(classes)
         self._task = task
         self._input_kind = input_kind
@@ -177,7 +179,7 @@ class UploadReader:
         identifier = self._string(value["value"], f"{field}.value", limit=VALUE_LIMIT)
         if not normalise(kind, identifier):
             raise self._wrong(f"{field}.value is blank", f"{field}.value")
-        return alias_of(self._pepper, kind, identifier)
+        return alias_of(self._pepper, kind, identifier, older=self._older_peppers)
 
     def _prior(self, body: dict[str, Any]) -> int | None:
         """The class that the line gives its owner. Of a date only that there is one is kept."""

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +15,15 @@ from service.settings import Settings
 
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 """Long, since a large upload is answered when all of it is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A file that was answered."""
+
+    size: int
+    digest: str
+    headers: Mapping[str, str]
 
 
 class Client:
@@ -70,6 +81,30 @@ class Client:
             if not response.is_success:
                 _answer(response)
             return response.content
+
+    def save(self, path: str, params: Mapping[str, str], target: Path) -> Saved:
+        """GET a file of any size into `target`, whole or not at all."""
+        if target.is_dir():
+            raise CommandError(f"{target} is a directory: name the file to write")
+        aside = target.with_name(f"{target.name}.part")
+        digest = sha256()
+        try:
+            with self._errors(), self._http.stream("GET", path, params=dict(params)) as response:
+                if not response.is_success:
+                    response.read()
+                    _answer(response)
+                with aside.open("wb") as file:
+                    for chunk in response.iter_bytes():
+                        file.write(chunk)
+                        digest.update(chunk)
+                    size = file.tell()
+            aside.replace(target)
+        except OSError as error:
+            raise CommandError(f"{target} cannot be written ({error.strerror})") from None
+        finally:
+            with suppress(OSError):
+                aside.unlink()
+        return Saved(size, digest.hexdigest(), response.headers)
 
     def patch(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """PATCH JSON."""

@@ -9,24 +9,24 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from service.cli.output import AsJson, CommandError, show
 from service.cli.witness import witness
-from service.evidence.keys import KeyFileError, load_public_key, load_signing_key
+from service.evidence.events_check import check_events
+from service.evidence.keys import KeyFileError, KeySet, load_signing_key, read_key_set
 from service.evidence.leaves import open_leaf, parse_leaf
 from service.evidence.ledger_check import Fetch, LedgerError, Report, check
 from service.evidence.merkle import leaf_hash
-from service.evidence.note import NoteError
+from service.evidence.note import COSIGNATURE, NoteError, vkey
 from service.evidence.tree_head import TreeHeadError, check_proof
 from service.settings import Settings
 
 app = typer.Typer(name="ledger", help="Check the ledger of events from its files; cosign its tree heads.")
 
 Where = Annotated[str, typer.Argument(help="The log's directory or URL: where `checkpoint` and `tile/` lie.")]
-Key = Annotated[Path, typer.Option(help="The operator's public key (PEM), from somewhere else than the log.")]
+Key = Annotated[Path, typer.Option(help="The operator's public key or key set, from somewhere else than the log.")]
 
 
 @app.command("verify")
@@ -36,6 +36,9 @@ def verify_ledger(
     old: Annotated[
         Path | None, typer.Option(help="A checkpoint kept from before: nothing up to it may have changed.")
     ] = None,
+    events: Annotated[
+        Path | None, typer.Option(help="events.jsonl of an evidence bundle: each must be in the log.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Hash every entry again, up to the signed root. Exit code 0 only if all of it holds."""
@@ -44,9 +47,13 @@ def verify_ledger(
     with open_log(where) as fetch, _bar() as advance:
         try:
             report = check(fetch, public, old=before, on_leaves=advance)
+            held = _events(events, fetch, report.head.size) if events is not None else None
         except (LedgerError, TreeHeadError) as error:
             raise CommandError(f"the ledger does NOT hold: {error}") from None
-    show(_as_json(report), _lines(report), as_json=as_json)
+    lines = _lines(report)
+    if held is not None:
+        lines.insert(-1, f"ok  {held[0]} events of {events} are in it, {held[1]} of them opened")
+    show(_as_json(report) | ({"events": held[0], "opened": held[1]} if held else {}), lines, as_json=as_json)
 
 
 @app.command("proof")
@@ -91,6 +98,7 @@ def witness_ledger(
             signed = witness(fetch, _public(key), name, mine, state, now=int(time.time()))
     except (KeyFileError, NoteError, LedgerError, TreeHeadError) as error:
         raise CommandError(f"not cosigned: {error}") from None
+    typer.echo(f"checked with {vkey(name, mine.public_key(), COSIGNATURE)}", err=True)
     print(signed, end="")
 
 
@@ -134,6 +142,18 @@ def open_log(where: str) -> Generator[Fetch]:
         yield fetch
 
 
+def _events(path: Path, fetch: Fetch, size: int) -> tuple[int, int]:
+    try:
+        with path.open("rb") as file:
+            return check_events(file, fetch, size)
+    except OSError as error:
+        raise CommandError(f"cannot read {path}: {error.strerror}") from None
+    except LedgerError:
+        raise
+    except ValueError as error:
+        raise CommandError(f"{path}: {error}") from None
+
+
 @contextmanager
 def _bar() -> Generator[Callable[[int, int], None]]:
     columns = ("hashing leaves", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -170,9 +190,9 @@ def _as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _public(path: Path) -> Ed25519PublicKey:
+def _public(path: Path) -> KeySet:
     try:
-        return load_public_key(_read(path))
+        return read_key_set(_read(path))
     except KeyFileError as error:
         raise CommandError(f"{path}: {error}") from None
 

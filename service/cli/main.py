@@ -5,13 +5,18 @@ import sys
 import typer
 from pydantic import ValidationError
 
-from service.cli import data_commands, ledger_commands, model_commands
+from service.cli import challenge, data_commands, do_not_train, keys, ledger_commands, model_commands
 from service.cli.capacity import capacity
 from service.cli.demo import demo
+from service.cli.doctor import doctor
+from service.cli.export import export
 from service.cli.hold_commands import hold, holds, lift, release, revoke
 from service.cli.output import CommandError, complain
+from service.cli.proxy import proxy
+from service.cli.release_commands import canary, gate, serve, unpin, versions
 from service.cli.replay import replay
 from service.cli.request_commands import certificate, delete, preview, requests
+from service.cli.restore import restore
 from service.cli.up import up
 from service.cli.verify import verify
 
@@ -22,9 +27,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+for command in (versions, serve, unpin, gate, canary):
+    model_commands.app.command()(command)
 app.add_typer(data_commands.app, name="dataset")
 app.add_typer(model_commands.app, name="model")
+app.add_typer(keys.app, name="keys")
 app.add_typer(ledger_commands.app, name="ledger")
+app.add_typer(challenge.app, name="challenge")
+app.add_typer(do_not_train.app, name="do-not-train")
 for command in (
     up,
     demo,
@@ -37,9 +47,13 @@ for command in (
     holds,
     release,
     certificate,
+    export,
     verify,
     replay,
+    restore,
     capacity,
+    doctor,
+    proxy,
 ):
     app.command()(command)
 

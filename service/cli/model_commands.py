@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.cli.client import Client
 from service.cli.output import STATE, AsJson, CommandError, StateDir, show, table
+from service.domain.answers import Answers
 
 POLL_SECONDS = 0.2
 MARKS = {"served": "#", "running": ">", "queued": "~", "inactive": "."}
@@ -24,6 +25,8 @@ RebuildOption = Annotated[
 ]
 SparesOption = Annotated[int, typer.Option(min=0, help="For spares: further orders kept per shard.")]
 MinDepthOption = Annotated[int, typer.Option(min=0, help="For min_depth and spares: slices that are always served.")]
+
+AnswersOption = Annotated[Answers, typer.Option(help="What answers tell: probabilities, or top1.")]
 
 app = typer.Typer(help="Models: shards trained apart, served together.", no_args_is_help=True)
 
@@ -40,6 +43,7 @@ def create(
     spares: SparesOption = 0,
     min_depth: MinDepthOption = 0,
     min_shards: Annotated[int, typer.Option(min=1, help="With fewer live shards it answers nothing.")] = 1,
+    answers: AnswersOption = Answers.PROBABILITIES,
     state: StateDir = STATE,
     as_json: AsJson = False,
 ) -> None:
@@ -58,6 +62,7 @@ def create(
         "erase_after_seconds": erase_after,
         "rebuild": {"kind": rebuild, "spares": spares, "min_depth": min_depth},
         "min_shards": min_shards,
+        "answers": answers,
     }
     with Client.of_state(state) as client:
         made = client.post("/v1/models", body)
@@ -92,6 +97,19 @@ def limit(
     with Client.of_state(state) as client:
         changed = client.patch(f"/v1/models/{name}", {"min_shards": shards})
     show(changed, [f"model {name}: answers with {shards} live shards or more"], as_json=as_json)
+
+
+@app.command()
+def answers(
+    name: str,
+    told: Annotated[Answers, typer.Argument(help="probabilities, or top1: the label and a rounded score.")],
+    state: StateDir = STATE,
+    as_json: AsJson = False,
+) -> None:
+    """Set how much the model's answers tell."""
+    with Client.of_state(state) as client:
+        changed = client.patch(f"/v1/models/{name}", {"answers": told})
+    show(changed, [f"model {name}: answers tell {told}"], as_json=as_json)
 
 
 @app.command()
@@ -161,11 +179,16 @@ def predict(
     """Ask a model server."""
     with Client.of_server(state, server) as client:
         answer = client.post(f"/v1/models/{name}/predict", {"inputs": texts})
-    rows = [
-        (output["label"], f"{output['probabilities'][output['label']]:.3f}", text)
-        for output, text in zip(answer["outputs"], texts, strict=True)
-    ]
-    show(answer, table(("LABEL", "P", "TEXT"), rows), as_json=as_json)
+    rows = [(*_told(output), text) for output, text in zip(answer["outputs"], texts, strict=True)]
+    show(answer, table(("ANSWER", "P", "TEXT"), rows), as_json=as_json)
+
+
+def _told(output: dict[str, Any]) -> tuple[str, str]:
+    """What the model says, and how probable it holds that to be."""
+    if "value" in output:
+        return str(output["value"]), ""
+    label = output["label"]
+    return label, f"{output['probabilities'][label]:.3f}" if "probabilities" in output else f"{output['score']:.2f}"
 
 
 @app.command()

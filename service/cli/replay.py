@@ -12,6 +12,9 @@ import typer
 from service.cli.output import CommandError
 from service.domain.replays import ReplayOutcome, draw
 from service.settings import Settings
+from service.store.artifacts import KEY_STORE, ArtifactMissingError, Artifacts
+from service.store.directory import Directory
+from service.store.file_keys import FileKeys, FileKeysError, open_file_keys
 from service.store.replay_files import Files, find_files
 from shards.errors import ManifestMismatchError, ShardsError
 from shards.recipe import Recipe
@@ -34,6 +37,9 @@ def replay(
     artifacts: Annotated[
         Path | None, typer.Option(help="Directory of the artefact store. Default: the one of --state.")
     ] = None,
+    file_keys: Annotated[
+        Path | None, typer.Option(help="Directory of the artefact store's keys. Default: the one of --state.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe file. Default: the model's, asked of the API.")] = None,
     model: Annotated[str | None, typer.Option(help="Model whose recipe and served stages to ask for.")] = None,
     platforms: Annotated[
@@ -55,10 +61,12 @@ def replay(
     try:
         _check_one_of(bool(stage), every, bool(sample))
         body, served = _asked(recipe, model, platforms, state)
-        files = find_files(artifacts or state / "artifacts")
+        url = "" if file_keys else Settings().file_keys_url
+        keys = open_file_keys(url or (file_keys or state / "file-keys").absolute().as_uri())
+        files = find_files(_open(artifacts or state / "artifacts", keys))
         chosen = _choose(files, served, Recipe.from_json(body), stage or [], sample, seed)
         results = _replay_all(files, served, Recipe.from_json(body), chosen, quiet=as_json)
-    except (CommandError, ShardsError, LookupError, OSError, ValueError) as error:
+    except (CommandError, ShardsError, ArtifactMissingError, FileKeysError, LookupError, OSError, ValueError) as error:
         typer.echo(f"replay: {error}", err=True)
         raise typer.Exit(2) from None
     outcome = _joint(result["outcome"] for result in results)
@@ -71,6 +79,12 @@ def replay(
     if outcome is ReplayOutcome.MISMATCH:
         typer.echo("replay: a digest differs; keep the file, and take the stage out of service", err=True)
     raise typer.Exit(EXIT[outcome])
+
+
+def _open(directory: Path, keys: FileKeys) -> Artifacts:
+    if not (directory / KEY_STORE).is_file():  # opening would make one
+        raise LookupError(f"{directory} holds no stages: is it the artefact store?")
+    return Artifacts(Directory(directory), keys)
 
 
 def _check_one_of(*given: bool) -> None:
@@ -112,6 +126,15 @@ def _choose(
     if sample:
         keys = draw(keys, sample, seed)
     return sorted((mine[key] for key in keys), key=lambda found: (found.shard, found.prefix))
+
+
+def replay_stages(files: Files, served: dict[str, Served], recipe: Recipe) -> list[dict[str, Any]]:
+    """Train these served stages again; one result a file.
+
+    Raises:
+        LookupError: one of them is not there.
+    """
+    return _replay_all(files, served, recipe, _choose(files, served, recipe, [], 0, ""), quiet=True)
 
 
 def _replay_all(

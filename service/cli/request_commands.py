@@ -11,6 +11,7 @@ import typer
 
 from service.cli.client import Client
 from service.cli.output import STATE, AsJson, CommandError, StateDir, show, table
+from shards.digest import canonical
 
 REQUESTS = "/v1/deletion-requests"
 PASSED = {
@@ -107,21 +108,38 @@ def certificate(
     request_id: str,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write it to.")] = None,
     model: Annotated[str | None, typer.Option(help="Which model's, where there are several.")] = None,
+    pdf: Annotated[
+        Path | None, typer.Option(help="PDF to write it to: one page to read, with the signed file inside.")
+    ] = None,
+    supplements: Annotated[Path | None, typer.Option(help="File to write its supplements to.")] = None,
     state: StateDir = STATE,
     as_json: AsJson = False,
 ) -> None:
     """The signed deletion certificate; `expunge verify` checks it offline."""
     with Client.of_state(state) as client:
         path = f"{REQUESTS}/{segment(request_id)}/certificate"
-        envelope = client.get(path, {"model": model} if model else None)
+        chosen = {"model": model} if model else {}
+        if pdf is not None:
+            client.save(path, {**chosen, "format": "pdf"}, pdf)
+            if output is None:
+                show({"written": str(pdf)}, [f"written to {pdf}"], as_json=as_json)
+                return
+        envelope = client.get(path, chosen)
+        if supplements is not None:
+            _write(supplements, client.get(f"{path}/supplements", chosen))
     if output is None:
         show(envelope, [json.dumps(envelope, indent=1)], as_json=as_json)
         return
-    try:
-        output.write_text(json.dumps(envelope, indent=1) + "\n")
-    except OSError as error:
-        raise CommandError(f"{output} cannot be written ({error.strerror})") from None
+    _write(output, envelope)
     show({"written": str(output)}, [f"written to {output}"], as_json=as_json)
+
+
+def _write(path: Path, value: Any) -> None:
+    """In canonical JSON: SHA-256 of a certificate's file is its digest."""
+    try:
+        path.write_bytes(canonical(value))
+    except OSError as error:
+        raise CommandError(f"{path} cannot be written ({error.strerror})") from None
 
 
 def about(

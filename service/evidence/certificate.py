@@ -3,25 +3,25 @@
 What each field and claim means: docs/certificate.md. `service.evidence.verify` reads it and shares no code.
 """
 
-from datetime import UTC, datetime
+from datetime import timedelta
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from service.evidence import statement, wording
 from service.evidence.dsse import sign
-from service.evidence.rows import Evidence, ObjectRow
-from service.evidence.wording import ENGINES, METHOD, NOT_RETRAIN_EQUAL, assumptions, claims
+from service.evidence.rows import Evidence, EvidenceError, ObjectRow, OpenRow
+from service.evidence.statement import PAYLOAD_TYPE, STATEMENT_TYPE, moment
 from shards.assembly import Assembly
-from shards.digest import canonical
-from shards.stages import Stage
+from shards.digest import canonical, sha256_hex
 
-PAYLOAD_TYPE = "application/vnd.in-toto+json"
-STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
-PREDICATE_TYPE = "https://expunge.dev/deletion-certificate/v1"
+__all__ = ["PAYLOAD_TYPE", "PREDICATE_TYPE", "STATEMENT_TYPE", "EvidenceError", "build", "digest_of_envelope", "issue"]
 
-
-class EvidenceError(ValueError):
-    """The rows do not make a certificate; the message says what is missing."""
+PREDICATE_TYPE = "https://expunge.dev/deletion-certificate/v2"
+SWEEPS = (timedelta(minutes=1), timedelta(hours=1), timedelta(days=1))
+"""When destroyed objects are looked for again (rule 22)."""
+CLOCK_SLACK = 1_000_000
+"""Steps back of a clock below this many microseconds are no open item: events of two programs may overtake."""
 
 
 def build(evidence: Evidence) -> dict[str, Any]:
@@ -33,29 +33,59 @@ def build(evidence: Evidence) -> dict[str, Any]:
     if evidence.outcome not in {"erased", "restricted"}:
         raise EvidenceError(f"an outcome {evidence.outcome!r} has no certificate: only erased and restricted have")
     assembly = Assembly.from_json(evidence.assembly_after)
-    return {
-        "_type": STATEMENT_TYPE,
-        "subject": [{"name": f"{evidence.model_name}@{evidence.version_after}", "digest": {"sha256": assembly.digest}}],
-        "predicateType": PREDICATE_TYPE,
-        "predicate": {
-            **_what(evidence, assembly),
-            **_removed(evidence),
-            **_course(evidence),
-            "claims": claims(evidence.outcome, evidence.provenance, retrain_equal=evidence.retrain_equal),
-            "assumptions": assumptions(evidence.provenance, evidence.backup_retention_days),
-            "open_items": _open_items(evidence),
-            "issuer": {
-                "tool": "expunge",
-                "version": evidence.tool_version,
-                "issued_at": _moment(evidence.issued_at),
-            },
-        },
+    predicate = {
+        **_what(evidence, assembly),
+        **_removed(evidence),
+        **_course(evidence),
+        "claims": wording.claims(evidence.outcome, evidence.provenance, retrain_equal=evidence.retrain_equal),
+        "assumptions": wording.assumptions(evidence.provenance, evidence.key_backup_days),
+        "open_items": statement.open_items(open_rows(evidence)),
+        "ledger": statement.ledger(evidence.ledger),
+        "issuer": statement.issuer(evidence.tool_version, evidence.issued_at),
     }
+    name = f"{evidence.model_name}@{evidence.version_after}"
+    return statement.statement(PREDICATE_TYPE, name, assembly.digest, predicate)
 
 
 def issue(evidence: Evidence, key: Ed25519PrivateKey) -> dict[str, Any]:
     """The signed certificate: a DSSE envelope around the statement's canonical JSON."""
     return sign(canonical(build(evidence)), PAYLOAD_TYPE, key)
+
+
+def digest_of_envelope(envelope: dict[str, Any]) -> str:
+    """What a certificate is known by: SHA-256 of its envelope in canonical JSON, which is how the API gives it."""
+    return sha256_hex(canonical(envelope))
+
+
+def open_rows(evidence: Evidence) -> list[OpenRow]:
+    """What is not confirmed, or not over, at the time of issue."""
+    rows = [
+        OpenRow(code="memory_release_not_confirmed", name=str(row.process_id), detail=wording.NOT_FREED[row.how])
+        for row in sorted(evidence.replicas, key=lambda row: row.process_id.bytes)
+        if not row.freed
+    ]
+    if not evidence.retrain_equal:
+        rows.append(
+            OpenRow(code="retrain_equal_not_claimed", name=evidence.model_name, detail=wording.NOT_RETRAIN_EQUAL)
+        )
+    rows += [OpenRow(code="export_not_withdrawn", name=name, detail=detail) for name, detail in evidence.exports]
+    if evidence.outcome == "erased":
+        rows.append(
+            OpenRow(
+                code="late_upload_sweeps",
+                name="artefact store",
+                detail=wording.SWEPT,
+                until=evidence.issued_at + SWEEPS[-1],
+            )
+        )
+        days = evidence.key_backup_days
+        until = None if days is None else evidence.issued_at + timedelta(days=days)
+        rows.append(OpenRow(code="backups", name="key store", detail=wording.backups(days), until=until))
+    back = statement.clock_back(evidence.ledger, evidence.issued_at)
+    if back >= CLOCK_SLACK:
+        detail = f"a time lies {back / 1e6:.6f} s before that of an earlier event: order is by the ledger, not by clock"
+        rows.append(OpenRow(code="clock_went_back", name="clock", detail=detail))
+    return rows
 
 
 def _what(evidence: Evidence, assembly: Assembly) -> dict[str, Any]:
@@ -64,8 +94,8 @@ def _what(evidence: Evidence, assembly: Assembly) -> dict[str, Any]:
             "id": str(evidence.request_id),
             "kind": evidence.kind,
             "regime": evidence.regime,
-            "received_at": _moment(evidence.received_at),
-            "due_at": _moment(evidence.due_at),
+            "received_at": moment(evidence.received_at),
+            "due_at": moment(evidence.due_at),
             "subject_commitment": evidence.subject_commitment.hex(),
         },
         "model": {
@@ -74,22 +104,36 @@ def _what(evidence: Evidence, assembly: Assembly) -> dict[str, Any]:
             "backbone": evidence.backbone_digest,
             "provenance": evidence.provenance,
         },
-        "method": METHOD[evidence.outcome].format(ENGINES[evidence.engine]),
+        "method": wording.METHOD[evidence.outcome].format(wording.ENGINES[evidence.engine]),
         "outcome": evidence.outcome,
         "before": {"version": evidence.version_before, "assembly": evidence.assembly_before},
         "after": {"version": evidence.version_after, "floor": evidence.floor, "assembly": assembly.to_json()},
-        "stages": [stage.to_json() for stage in _by_key(evidence.served_stages)],
-        "platforms": sorted(set(evidence.platforms)),
+        "stages": statement.by_key(evidence.served_stages),
+        "platforms": statement.platforms(evidence.platforms),
+        "replays": [
+            {
+                "stage": row.stage,
+                "digest": row.digest,
+                "at": moment(row.at),
+                "platform": row.platform,
+                "outcome": row.outcome,
+            }
+            for row in sorted(evidence.replays, key=lambda row: row.stage)
+        ],
     }
 
 
 def _removed(evidence: Evidence) -> dict[str, Any]:
-    records = sorted(evidence.records, key=lambda record: record.record_id.bytes)
     return {
-        "records": {
-            "count": len(records),
-            "list": [{"record_id": str(record.record_id), "commitment": record.commitment.hex()} for record in records],
-        },
+        "records": [
+            {
+                "record_id": str(record.record_id),
+                "commitment": record.commitment.hex(),
+                "shard": record.shard,
+                "slice": record.slice,
+            }
+            for record in sorted(evidence.records, key=lambda record: record.record_id.bytes)
+        ],
         "touched": [
             {"shard": cell.shard, "slice": cell.slice, "root": cell.root} for cell in sorted(set(evidence.touched))
         ],
@@ -97,12 +141,13 @@ def _removed(evidence: Evidence) -> dict[str, Any]:
             {"shard": cell.shard, "slice": cell.slice, "before": cell.before, "after": cell.after}
             for cell in sorted(evidence.cells, key=lambda cell: (cell.shard, cell.slice, cell.before))
         ],
+        "manifests": statement.manifests(evidence.manifests, evidence.records),
         "tainted": [
             {
                 "stage": stage.to_json(),
                 "artifacts": _objects(tuple(row for row in evidence.tainted_objects if row.stage_key == stage.key)),
             }
-            for stage in _by_key(evidence.tainted_stages)
+            for stage in statement.in_order(evidence.tainted_stages)
         ],
         "payloads": [
             {"shard": row.shard, "slice": row.slice, **_object(row)}
@@ -113,30 +158,20 @@ def _removed(evidence: Evidence) -> dict[str, Any]:
 
 def _course(evidence: Evidence) -> dict[str, Any]:
     return {
-        "times": [{"state": row.state, "at": _moment(row.at)} for row in evidence.times],
+        "times": [{"state": row.state, "at": moment(row.at)} for row in evidence.times],
+        "clock_back_microseconds": statement.clock_back(evidence.ledger, evidence.issued_at),
         "replicas": [
             {
                 "process_id": str(row.process_id),
                 "covers": row.covers,
                 "how": row.how,
-                "at": _moment(row.at),
+                "at": moment(row.at),
                 "freed": row.freed,
-                "freed_at": _moment(row.freed_at) if row.freed_at else None,
+                "freed_at": moment(row.freed_at) if row.freed_at else None,
             }
             for row in sorted(evidence.replicas, key=lambda row: row.process_id.bytes)
         ],
     }
-
-
-def _open_items(evidence: Evidence) -> list[dict[str, str]]:
-    unconfirmed = [
-        {"code": "memory_release_not_confirmed", "detail": str(row.process_id)}
-        for row in sorted(evidence.replicas, key=lambda row: row.process_id.bytes)
-        if not row.freed
-    ]
-    if not evidence.retrain_equal:
-        unconfirmed.append({"code": "retrain_equal_not_claimed", "detail": NOT_RETRAIN_EQUAL})
-    return unconfirmed + [{"code": code, "detail": detail} for code, detail in evidence.open_items]
 
 
 def _objects(rows: tuple[ObjectRow, ...]) -> list[dict[str, Any]]:
@@ -144,20 +179,10 @@ def _objects(rows: tuple[ObjectRow, ...]) -> list[dict[str, Any]]:
 
 
 def _object(row: ObjectRow) -> dict[str, Any]:
+    looks = [row.destroyed_at, row.absent_at] if row.destroyed_at and row.absent_at else []
     return {
         "object_name": row.object_name,
         "digest": row.digest,
-        "destroyed_at": _moment(row.destroyed_at) if row.destroyed_at else None,
-        "absent_at": _moment(row.absent_at) if row.absent_at else None,
+        "destroyed_at": moment(row.destroyed_at) if row.destroyed_at else None,
+        "absent_at": [moment(each) for each in looks if each],
     }
-
-
-def _by_key(stages: tuple[Stage, ...]) -> list[Stage]:
-    return sorted({stage.key: stage for stage in stages}.values(), key=lambda s: (s.shard, s.depth, s.key))
-
-
-def _moment(moment: datetime) -> str:
-    """RFC 3339 in UTC with microseconds: such texts sort as the moments do."""
-    if moment.tzinfo is None:
-        raise EvidenceError("a time without a zone: read it as timestamptz")
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

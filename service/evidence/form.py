@@ -1,19 +1,17 @@
-"""The closed form of a deletion certificate, version 1: the verifier's own, checked before anything is read.
+"""The closed forms of a deletion certificate, version 2, and of its supplements: the verifier's own.
 
-docs/schemas/deletion-certificate-v1.json says the same for other tools; a test compares them.
+docs/schemas/ says the same for other tools; a test compares them. What each member means: docs/certificate.md.
 """
 
 import re
-from datetime import datetime
 from typing import Any
 
-SIGNED, OFFLINE, REDERIVED = "signed by operator", "checked offline", "re-derived"
-"""What a passed check rests on: the operator's word; the file at hand; digests computed again."""
+from service.evidence.shape import HEX, OBJECT_NAME, TIME, UUID
 
-HEX = re.compile(r"[0-9a-f]{64}")
-TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z")
-UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-OBJECT_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
+SIGNED, OFFLINE, REDERIVED = "signed by operator", "checked offline", "re-derived"
+"""What a passed check rests on: the operator's word; the files at hand; digests computed again."""
+CERTIFICATE = "https://expunge.dev/deletion-certificate/v2"
+SUPPLEMENT = "https://expunge.dev/deletion-certificate-supplement/v1"
 STATES = (
     "received",
     "awaiting_identity",
@@ -49,7 +47,8 @@ CLAIMS = {
         SIGNED,
         (
             "The payloads of the records listed and every artefact of the stages listed as tainted were "
-            "destroyed and then found absent from the live store, at the times stated."
+            "destroyed, with the keys that open them, and then found absent from the live store, at the times "
+            "stated."
         ),
     ),
     "restricted": (
@@ -57,25 +56,40 @@ CLAIMS = {
         "The records are sealed and out of service. Nothing was erased; the restriction can be lifted.",
     ),
 }
-"""The most that version 1 lets a certificate claim: the strength and the words."""
-ASSUMED = {"A1", "A2", "backbone", "backups", "exports", "late_upload", "observable", "other_identifiers",
+"""The most that version 2 lets a certificate claim: the strength and the words."""
+ASSUMED = {"A1", "A2", "backbone", "backups", "exports", "late_upload", "manifests", "observable", "other_identifiers",
            "overwritten_media"}  # fmt: skip
+OPEN = (
+    "memory_release_not_confirmed",
+    "export_not_withdrawn",
+    "retrain_equal_not_claimed",
+    "late_upload_sweeps",
+    "backups",
+    "clock_went_back",
+)
+"""What a certificate may leave open."""
 
-# A dict is an object with exactly these members, a list holds any number of its one form, a tuple lists
-# alternatives, a pattern matches a whole text, `str` is a text that is not empty, `int` a whole number
-# from 0; anything else is itself.
 STAGE = {"type": "expunge stage v1", "recipe": HEX, "shard": int, "prefix": [int], "roots": [HEX],
          "parent": (None, HEX)}  # fmt: skip
-OBJECT = {
-    "object_name": OBJECT_NAME,
-    "digest": (None, HEX),
-    "destroyed_at": (None, TIME),
-    "absent_at": (None, TIME),
-}
+OBJECT = {"object_name": OBJECT_NAME, "digest": (None, HEX), "destroyed_at": (None, TIME), "absent_at": [TIME]}
 MEMBER = {"stage": HEX, "prefix": [int], "artifacts": [HEX]}
 ASSEMBLY = {"type": "expunge assembly v1", "recipe": HEX, "aggregation": ("logits", "merged", "sums"),
             "members": [(None, MEMBER)]}  # fmt: skip
-PREDICATE = {
+PLATFORM = {"fingerprint": HEX, "fields": [{"name": str, "value": str}], "stages": [HEX]}
+PLACE = {"commitment": HEX, "index": int, "path": [HEX]}
+MANIFEST = {
+    "shard": int,
+    "slice": int,
+    "root": HEX,
+    "rows": int,
+    "holds": [PLACE],
+    "lacks": [{"commitment": HEX, "before": (None, PLACE), "after": (None, PLACE)}],
+}
+OPEN_ITEM = {"code": OPEN, "name": str, "detail": str, "until": (None, TIME)}
+ENTRY = {"leaf": str, "opening": str, "path": [HEX]}
+LEDGER = {"checkpoint": str, "entries": [ENTRY]}
+ISSUER = {"tool": str, "version": str, "issued_at": TIME}
+PREDICATE: dict[str, Any] = {
     "request": {"id": UUID, "kind": ("erase", "restrict", "object"),
                 "regime": (None, "gdpr", "ccpa", "voluntary"),
                 "received_at": TIME, "due_at": TIME, "subject_commitment": HEX},
@@ -86,65 +100,56 @@ PREDICATE = {
     "before": {"version": int, "assembly": (None, HEX)},
     "after": {"version": int, "floor": int, "assembly": ASSEMBLY},
     "stages": [STAGE],
-    "platforms": [str],
-    "records": {"count": int, "list": [{"record_id": UUID, "commitment": HEX}]},
+    "platforms": [PLATFORM],
+    "replays": [{"stage": HEX, "digest": HEX, "at": TIME, "platform": (None, HEX),
+                 "outcome": ("equal", "mismatch", "other_platform", "skipped", "failed")}],
+    "records": [{"record_id": UUID, "commitment": HEX, "shard": int, "slice": int}],
     "touched": [{"shard": int, "slice": int, "root": HEX}],
     "cells": [{"shard": int, "slice": int, "before": HEX, "after": HEX}],
+    "manifests": [MANIFEST],
     "tainted": [{"stage": STAGE, "artifacts": [OBJECT]}],
     "payloads": [{"shard": int, "slice": int, **OBJECT}],
     "times": [{"state": STATES, "at": TIME}],
+    "clock_back_microseconds": int,
     "replicas": [{"process_id": UUID, "covers": int, "how": ("acknowledged", "fenced_by_expiry", "ended"),
                   "at": TIME, "freed": (True, False), "freed_at": (None, TIME)}],
     "claims": [{"claim": tuple(CLAIMS), "statement": str, "evidence": str, "checkable_by": str,
                 "must_be_trusted": str, "strength": (SIGNED, OFFLINE, REDERIVED)}],
     "assumptions": [{"code": str, "statement": str}],
-    "open_items": [{"code": str, "detail": str}],
-    "issuer": {"tool": str, "version": str, "issued_at": TIME},
+    "open_items": [OPEN_ITEM],
+    "ledger": LEDGER,
+    "issuer": ISSUER,
 }  # fmt: skip
-SHAPE = {
-    "_type": "https://in-toto.io/Statement/v1",
-    "subject": [{"name": str, "digest": {"sha256": HEX}}],
-    "predicateType": "https://expunge.dev/deletion-certificate/v1",
-    "predicate": PREDICATE,
+SUPPLEMENT_PREDICATE: dict[str, Any] = {
+    "certificate": HEX,
+    "number": int,
+    "previous": (None, HEX),
+    "request": UUID,
+    "model": str,
+    "sweeps": [{"sweep": (1, 2, 3), "objects": int, "absent_at": TIME, "reappeared": [OBJECT_NAME]}],
+    "processes": [{"process_id": UUID, "how": ("freed", "ended", "fenced_by_expiry"), "at": TIME}],
+    "exports": [{"export_id": UUID, "withdrawn_at": TIME}],
+    "rebuild": (None, {"version": int, "floor": int, "published_at": TIME, "assembly": ASSEMBLY, "stages": [STAGE],
+                       "platforms": [PLATFORM], "manifests": [MANIFEST]}),
+    "open_items": [OPEN_ITEM],
+    "ledger": {**LEDGER, "consistency": [HEX]},
+    "issuer": ISSUER,
+}  # fmt: skip
+
+
+def statement_of(predicate_type: str, predicate: Any) -> dict[str, Any]:
+    """The closed form of an in-toto Statement v1 around a predicate."""
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": str, "digest": {"sha256": HEX}}],
+        "predicateType": predicate_type,
+        "predicate": predicate,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    CERTIFICATE: statement_of(CERTIFICATE, PREDICATE),
+    SUPPLEMENT: statement_of(SUPPLEMENT, SUPPLEMENT_PREDICATE),
 }
-
-
-def misfit(value: Any, shape: Any, where: str = "statement") -> str | None:
-    """Where and how a value departs from its closed form; None if it does not."""
-    if isinstance(shape, tuple):
-        alike = [alternative for alternative in shape if isinstance(value, dict) and isinstance(alternative, dict)]
-        found = [misfit(value, alternative, where) for alternative in alike or shape]
-        return None if None in found else found[0]
-    parts: list[tuple[Any, Any, str]] = []
-    if isinstance(shape, list):
-        if not isinstance(value, list):
-            return f"{where} is not a list"
-        parts = [(item, shape[0], f"{where}[{i}]") for i, item in enumerate(value)]
-    elif isinstance(shape, dict):
-        if not isinstance(value, dict):
-            return f"{where} is not an object"
-        if odd := sorted(value.keys() ^ shape.keys()):
-            return f"{where} {'lacks' if odd[0] in shape else 'has the unknown member'} {odd[0]!r}"
-        parts = [(value[name], inner, f"{where}.{name}") for name, inner in shape.items()]
-    elif not _is_leaf(value, shape):
-        return f"{where} is not what version 1 allows there"
-    return next((text for part in parts if (text := misfit(*part))), None)
-
-
-def _is_leaf(value: Any, shape: Any) -> bool:
-    if shape is int:
-        return type(value) is int and value >= 0
-    if shape is str:
-        return isinstance(value, str) and bool(value)
-    if isinstance(shape, re.Pattern):
-        fits = isinstance(value, str) and bool(shape.fullmatch(value))
-        return fits and (shape is not TIME or _is_moment(value))
-    return type(value) is type(shape) and value == shape
-
-
-def _is_moment(text: str) -> bool:
-    try:
-        datetime.fromisoformat(text)
-    except ValueError:  # the 31st of February
-        return False
-    return True
+REPLACED = re.compile(r"https://expunge\.dev/deletion-certificate/v1")
+"""What an earlier program wrote; it is refused by name."""

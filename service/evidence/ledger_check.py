@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from service.evidence.leaves import LEAF
 from service.evidence.merkle import TILE_WIDTH, Tree, root_of_hashes
 from service.evidence.tiles import CHECKPOINT, HASH_BYTES, Tile, read_bundle, read_hashes
-from service.evidence.tree_head import ForkError, TreeHead, TreeHeadError, open_head
+from service.evidence.tree_head import ForkError, TreeHead, TreeHeadError, Verifier, open_head
 
 Fetch = Callable[[str], bytes | None]
 """A file of the log by its name; None where there is none."""
@@ -64,7 +62,7 @@ class Files:
 
 
 def check(
-    fetch: Fetch, key: Ed25519PublicKey, *, old: str | None = None, on_leaves: Callable[[int, int], None] | None = None
+    fetch: Fetch, key: Verifier, *, old: str | None = None, on_leaves: Callable[[int, int], None] | None = None
 ) -> Report:
     """Check entries, tiles, root and signature; with `old`, also that nothing before that checkpoint was changed.
 

@@ -53,6 +53,24 @@ def vkey(name: str, key: Ed25519PublicKey, kind: int = SIGNATURE) -> str:
     return f"{name}+{key_id(name, key, kind).hex()}+{public}"
 
 
+def read_vkey(text: str, kind: int = SIGNATURE) -> tuple[str, Ed25519PublicKey]:
+    """Name and key of what `vkey` wrote.
+
+    Raises:
+        NoteError: not such a key.
+    """
+    name, _, rest = text.strip().partition("+")
+    _, _, public = rest.partition("+")
+    try:
+        raw = base64.b64decode(public, validate=True)
+        key = Ed25519PublicKey.from_public_bytes(raw[1:])
+    except (binascii.Error, ValueError):
+        raise NoteError("not a key as C2SP tools write it: name+id+base64") from None
+    if not NAME.fullmatch(name) or text.strip() != vkey(name, key, kind):
+        raise NoteError("not a key as C2SP tools write it, or for another use: name+id+base64")
+    return name, key
+
+
 def sign(text: str, name: str, key: Ed25519PrivateKey) -> Note:
     """The signed note; the same text gives the same note.
 
@@ -119,13 +137,21 @@ def get_cosignature_time(note: Note, name: str, key: Ed25519PublicKey) -> int:
     Raises:
         NoteError: it did not cosign the note.
     """
+    return int.from_bytes(get_cosignature(note, name, key)[:8], "big")
+
+
+def get_cosignature(note: Note, name: str, key: Ed25519PublicKey) -> bytes:
+    """The witness's cosignature: eight bytes of time in Unix seconds, then what nobody without its key could foresee.
+
+    Raises:
+        NoteError: it did not cosign the note.
+    """
     for each in _of(note, name, key, COSIGNATURE):
-        timestamp = int.from_bytes(each.blob[:8], "big")
         try:
-            key.verify(each.blob[8:], _timed(note, timestamp))
+            key.verify(each.blob[8:], _timed(note, int.from_bytes(each.blob[:8], "big")))
         except InvalidSignature:
             continue
-        return timestamp
+        return each.blob
     raise NoteError(f"no cosignature of {name} holds under this key")
 
 

@@ -1,8 +1,8 @@
-"""Opening a certificate: DSSE envelope, signature, canonical JSON, closed form; each step may refuse."""
+"""Opening a certificate or supplement: DSSE envelope, signature, canonical JSON, closed form; each step may refuse."""
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
-from service.evidence.form import OFFLINE, SHAPE, misfit
+from service.evidence.form import CERTIFICATE, OFFLINE, REPLACED, SHAPES
+from service.evidence.shape import misfit
 from shards.digest import canonical, sha256_hex
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -20,15 +21,41 @@ class Refused(Exception):  # noqa: N818 - a finding, not a fault of the program
     """A check that does not hold, and why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Trusted:
+    """A key of the operator's (PEM), and the tree heads that it signed: of more than `since` leaves up to `until`."""
+
+    pem: bytes
+    since: int = -1
+    until: int | None = None
+    """None: it signs today."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A trusted key, read."""
+
+    public: Ed25519PublicKey
+    since: int = -1
+    until: int | None = None
+
+    def signs(self, size: int) -> bool:
+        """Whether a tree head of that size may be its own: a key that was stolen after its time signs nothing new."""
+        return size > self.since and (self.until is None or size <= self.until)
+
+
 @dataclass(slots=True)
 class Case:
-    """A certificate while it is opened: each step leaves what the next may use."""
+    """A document while it is opened: each step leaves what the next may use."""
 
     envelope: Any
-    public_key_pem: bytes
+    trusted: Sequence[Trusted]
+    """A document holds if one of them signed it: keys are rotated, and old documents stay valid."""
+    kind: str = CERTIFICATE
     payload: bytes = b""
     signatures: list[bytes] = field(default_factory=list[bytes])
-    statement: dict[str, Any] = field(default_factory=dict[str, Any])
+    keys: list[Key] = field(default_factory=list[Key])
+    statement: Any = None
 
     @property
     def said(self) -> dict[str, Any]:
@@ -83,22 +110,30 @@ def _payload_type(case: Case) -> str:
 
 
 def _signature(case: Case) -> str:
+    case.keys = [Key(_public(each.pem), each.since, each.until) for each in case.trusted]
+    kind = case.envelope["payloadType"].encode()
+    signed = b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(case.payload), case.payload)
+    for key in case.keys:
+        for signature in case.signatures:
+            try:
+                key.public.verify(signature, signed)
+            except InvalidSignature:
+                continue
+            der = key.public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+            return f"Ed25519 key {sha256_hex(der)}"
+    raise Refused(
+        "no signature holds under the key given: the file was changed, or another installation or key signed it"
+    )
+
+
+def _public(pem: bytes) -> Ed25519PublicKey:
     try:
-        key = load_pem_public_key(case.public_key_pem)
+        key = load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm):
         raise Refused("the key given is not a public key in PEM") from None
     if not isinstance(key, Ed25519PublicKey):
         raise Refused("the key given is not an Ed25519 key")
-    kind = case.envelope["payloadType"].encode()
-    signed = b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(case.payload), case.payload)
-    for signature in case.signatures:
-        try:
-            key.verify(signature, signed)
-        except InvalidSignature:
-            continue
-        der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        return f"Ed25519 key {sha256_hex(der)}"
-    raise Refused("no signature holds under the key given: the file was changed, or another key signed it")
+    return key
 
 
 def _canonical(case: Case) -> str:
@@ -113,7 +148,12 @@ def _canonical(case: Case) -> str:
 
 
 def _shape(case: Case) -> str:
-    problem = misfit(case.statement, SHAPE)
+    found = case.statement.get("predicateType") if isinstance(case.statement, dict) else None
+    require(
+        not (isinstance(found, str) and REPLACED.fullmatch(found)),
+        "a certificate of version 1, which was never released: ask the operator for one of version 2",
+    )
+    problem = misfit(case.statement, SHAPES[case.kind])
     require(problem is None, str(problem))
     return "every member known, none missing"
 

@@ -1,4 +1,4 @@
-"""The evidence behind a deletion certificate: committed rows, flat, nothing computed."""
+"""The evidence behind a deletion certificate and its supplements: committed rows, flat, nothing computed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +7,10 @@ from typing import Any
 from uuid import UUID
 
 from shards.stages import CellRoot, Stage
+
+
+class EvidenceError(ValueError):
+    """The rows do not make a statement; the message says what is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +22,7 @@ class ObjectRow:
     """None for an object whose upload was never finished."""
     destroyed_at: datetime | None
     absent_at: datetime | None
-    """The last look that found it absent (`checked_at`); not before `destroyed_at`."""
+    """The last look that found it absent (`checked_at`); the first was at `destroyed_at`."""
     stage_key: str | None = None
     """The tainted stage that it belongs to; None for a cell's payloads."""
     shard: int | None = None
@@ -40,10 +44,75 @@ class CellRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordRow:
-    """A deleted record, as its tombstone keeps it."""
+    """A deleted record, as its tombstone keeps it, and the cell that it lay in."""
 
     record_id: UUID
     commitment: bytes
+    shard: int
+    slice: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestRow:
+    """One manifest of a cell, whole: Merkle paths are made of it."""
+
+    shard: int
+    slice: int
+    root: str
+    commitments: tuple[bytes, ...]
+    """Sorted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformRow:
+    """A platform, and which of the served stages were trained on it."""
+
+    fingerprint: str
+    fields: Mapping[str, str]
+    stages: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayRow:
+    """The newest replay of a served artefact that has ended."""
+
+    stage: str
+    digest: str
+    outcome: str
+    at: datetime
+    platform: str | None
+    """Fingerprint of where it was trained again; None where it was not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntryRow:
+    """An event in the ledger."""
+
+    index: int
+    leaf: bytes
+    opening: bytes
+    path: tuple[bytes, ...]
+    """Merkle path to the root of the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerRows:
+    """The events behind a statement, under one published tree head."""
+
+    checkpoint: str
+    entries: tuple[EntryRow, ...]
+    consistency: tuple[bytes, ...] = ()
+    """In a supplement: from the tree head of the statement before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRow:
+    """Something that is not confirmed, or not over, when a statement is issued."""
+
+    code: str
+    name: str
+    detail: str
+    until: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,13 +186,76 @@ class Evidence:
 
     times: tuple[TimeRow, ...]
     replicas: tuple[ReplicaRow, ...]
-    platforms: tuple[str, ...]
-    """Fingerprints of the platforms on which the served stages were trained."""
+    manifests: tuple[ManifestRow, ...]
+    """Those of the records' cells that tainted stages read, that served stages read, the last that held each record,
+    and those before and after a rewrite."""
+    platforms: tuple[PlatformRow, ...]
+    replays: tuple[ReplayRow, ...] = ()
+    ledger: LedgerRows
     tool_version: str
     issued_at: datetime
-    backup_retention_days: int | None = None
-    """What the operator states for snapshots, base backups and WAL archives; None: nothing stated."""
+    key_backup_days: int | None = None
+    """How long the operator states that backups of the key store are kept; None: nothing stated."""
     retrain_equal: bool = True
     """Whether training is known to give the same bits again; a command of the operator's own may not."""
-    open_items: tuple[tuple[str, str], ...] = ()
-    """Further (code, detail) pairs; unconfirmed memory releases are added by `build`."""
+    exports: tuple[tuple[str, str], ...] = ()
+    """Id and description of each export that learnt the records and is not known to be withdrawn."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRow:
+    """A later look at every object of a certificate."""
+
+    sweep: int
+    """1 after a minute, 2 after an hour, 3 after a day."""
+    objects: int
+    absent_at: datetime
+    """The look at the last of them."""
+    reappeared: tuple[str, ...]
+    """Names that were there again, and were destroyed again, since the look before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessRow:
+    """How an open memory release ended."""
+
+    process_id: UUID
+    how: str
+    """`freed`, `ended` or `fenced_by_expiry`."""
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebuildRow:
+    """The first version after a certificate with stages trained again."""
+
+    version: int
+    floor: int
+    published_at: datetime
+    assembly: Mapping[str, Any]
+    stages: tuple[Stage, ...]
+    platforms: tuple[PlatformRow, ...]
+    manifests: tuple[ManifestRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addition:
+    """All that a supplement says."""
+
+    certificate: str
+    """Digest of the certificate's envelope."""
+    number: int
+    previous: str | None
+    request_id: UUID
+    model_name: str
+    records: tuple[RecordRow, ...]
+    """The certificate's, for the paths of a rebuild's manifests."""
+    sweeps: tuple[SweepRow, ...] = ()
+    processes: tuple[ProcessRow, ...] = ()
+    exports: tuple[tuple[str, datetime], ...] = ()
+    """Id and time of each withdrawal."""
+    rebuild: RebuildRow | None = None
+    open_items: tuple[OpenRow, ...] = ()
+    ledger: LedgerRows
+    tool_version: str
+    issued_at: datetime

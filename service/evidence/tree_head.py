@@ -5,6 +5,7 @@ import binascii
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -13,6 +14,17 @@ from service.evidence.merkle import verify_inclusion
 
 PROOF = "c2sp.org/tlog-proof@v1"
 SIZE = re.compile(r"0|[1-9][0-9]{0,18}")
+
+
+class KeyHistory(Protocol):
+    """Keys of one log, each from a size of the tree on."""
+
+    def for_size(self, size: int) -> Ed25519PublicKey:
+        """The key that signs tree heads of that size."""
+        ...
+
+
+Verifier = Ed25519PublicKey | KeyHistory
 
 
 class TreeHeadError(ValueError):
@@ -66,7 +78,7 @@ def read_head(checkpoint: str) -> TreeHead:
     return TreeHead(origin, int(size), found)
 
 
-def open_head(checkpoint: str, key: Ed25519PublicKey, *, origin: str | None = None) -> TreeHead:
+def open_head(checkpoint: str, key: Verifier, *, origin: str | None = None) -> TreeHead:
     """What a checkpoint says, once its signature holds.
 
     Raises:
@@ -75,8 +87,9 @@ def open_head(checkpoint: str, key: Ed25519PublicKey, *, origin: str | None = No
     head = read_head(checkpoint)
     if origin is not None and head.origin != origin:
         raise TreeHeadError(f"the checkpoint is of the log {head.origin}, not of {origin}")
+    public = key if isinstance(key, Ed25519PublicKey) else key.for_size(head.size)
     try:
-        note.require_signature(note.parse(checkpoint), head.origin, key)
+        note.require_signature(note.parse(checkpoint), head.origin, public)
     except note.NoteError as error:
         raise TreeHeadError(str(error)) from None
     return head
@@ -88,7 +101,7 @@ def write_proof(index: int, path: Sequence[bytes], checkpoint: str) -> str:
     return f"{PROOF}\nindex {index}\n{hashes}\n{checkpoint}"
 
 
-def check_proof(proof: str, leaf_hash: bytes, key: Ed25519PublicKey) -> tuple[int, TreeHead]:
+def check_proof(proof: str, leaf_hash: bytes, key: Verifier) -> tuple[int, TreeHead]:
     """The index of the leaf, and the signed tree head that it is under.
 
     Raises:

@@ -20,13 +20,13 @@ SUPPORT: dict[str, dict[str, str]] = {
     "influence-free": {
         "evidence": (
             "The inputs of every served stage and of its ancestors, whose digests are the stage keys in "
-            "the assembly; none of them reads a manifest listed under touched."
+            "the assembly; none of them reads a manifest listed under touched. In the cells that held the records, "
+            "a Merkle path to each manifest that a served stage read shows that it lacks each of them."
         ),
         "checkable_by": "Anyone with this file and the operator's public key.",
         "must_be_trusted": (
-            "That touched lists every manifest that held the records; that each artefact was trained on "
-            "the manifests that its stage key names; that the replicas serve this assembly or a later "
-            "clean one."
+            "That the records lay in no other cell; that each artefact was trained on the manifests that its stage "
+            "key names; that the replicas serve this assembly or a later clean one; the assumption on manifests."
         ),
     },
     "retrain-equal": {
@@ -38,13 +38,14 @@ SUPPORT: dict[str, dict[str, str]] = {
     },
     "deactivated": {
         "evidence": (
-            "The floor, the times, and for every process its acknowledgement, its end, or the expiry of its lease."
+            "The floor, the times, and for every process its acknowledgement, its end, or the expiry of its lease; each"
+            " with its event in the ledger."
         ),
-        "checkable_by": "Anyone for consistency; the operator's auditor against the ledger.",
+        "checkable_by": "Anyone, for consistency and for the events being in the ledger under the tree head given.",
         "must_be_trusted": "The operator's records of its processes, and assumptions A1 and A2.",
     },
     "erased": {
-        "evidence": "Name, digest, time of destruction and time of absence of every object.",
+        "evidence": "Name, digest, time of destruction, times of absence and event in the ledger of every object.",
         "checkable_by": (
             "Whoever may read the artefact store, for what is absent now; nobody afterwards for copies made outside it."
         ),
@@ -53,8 +54,8 @@ SUPPORT: dict[str, dict[str, str]] = {
         ),
     },
     "restricted": {
-        "evidence": "The floor, the times, and the assembly of this version.",
-        "checkable_by": "Anyone for consistency; the operator's auditor against the ledger.",
+        "evidence": "The floor, the times with their events in the ledger, and the assembly of this version.",
+        "checkable_by": "Anyone, for consistency and for the events being in the ledger under the tree head given.",
         "must_be_trusted": "The operator's records.",
     },
 }
@@ -78,6 +79,10 @@ ASSUMPTIONS: dict[str, str] = {
         "A trainer that was paused while its stage became tainted can upload later; sweeps after a minute,"
         " an hour and a day destroy such objects, which the ledger shows."
     ),
+    "manifests": (
+        "Each manifest lists the commitments of the records that were trained on, all of them and in their order. "
+        "Whoever holds the remaining payloads computes its root again."
+    ),
     "observable": "Who queried the model before and after can see that it changed.",
 }
 
@@ -94,6 +99,27 @@ BACKBONE: dict[str | None, str] = {
     ),
 }
 NOT_RETRAIN_EQUAL = "training the same stage twice gave other bits, or was not tried: the claim is left out"
+NOT_FREED = {
+    "acknowledged": "the process serves the new version, and has not reported that the old weights left its memory",
+    "fenced_by_expiry": "fenced by expiry of its lease; memory release not confirmed",
+    "ended": "ended; memory release not confirmed",
+}
+SWEPT = (
+    "looks for every destroyed object follow after a minute, an hour and a day; what a paused trainer uploads late is"
+    " destroyed then"
+)
+
+
+def backups(key_backup_days: int | None) -> str:
+    """What the operator states of copies that its backups may hold."""
+    if key_backup_days is None:
+        return "the operator states no retention for backups of the key store: copies of sealed files may open with one"
+    if key_backup_days == 0:
+        return "the operator states that the key store is not backed up: no copy of a sealed file opens any more"
+    return (
+        f"the operator states that backups of the key store expire after {key_backup_days} days: until then a copy of"
+        " a sealed file may open with one"
+    )
 
 
 def claims(outcome: str, provenance: str | None, *, retrain_equal: bool = True) -> list[dict[str, str]]:
@@ -111,13 +137,11 @@ def claims(outcome: str, provenance: str | None, *, retrain_equal: bool = True) 
     ]
 
 
-def assumptions(provenance: str | None, backup_retention_days: int | None) -> list[dict[str, str]]:
+def assumptions(provenance: str | None, key_backup_days: int | None) -> list[dict[str, str]]:
     """What the claims rest on beside the signature."""
-    backups = "The operator states no retention for snapshots, base backups and WAL archives: copies may remain."
-    if backup_retention_days is not None:
-        backups = (
-            f"Snapshots, base backups and WAL archives expire after {backup_retention_days} days, as the "
-            "operator states; a restore replays the deletions."
-        )
-    said = {**ASSUMPTIONS, "backbone": BACKBONE[provenance], "backups": backups}
+    copies = (
+        "Stored files are sealed, each under a key of its own that was destroyed with it, so that copies in snapshots"
+        f" and backups do not open: {backups(key_backup_days)}. A restore replays the deletions."
+    )
+    said = {**ASSUMPTIONS, "backbone": BACKBONE[provenance], "backups": copies}
     return [{"code": code, "statement": said[code]} for code in sorted(said)]

@@ -1,12 +1,8 @@
 """`python -m service.serving --host --port --name`: one model server."""
 
 import argparse
-import gc
-import signal
 import sys
 from functools import partial
-
-import uvicorn
 
 from service.logs import configure_logs
 from service.serving.app import App
@@ -14,7 +10,9 @@ from service.serving.fleet import Fleet, FleetSettings
 from service.serving.keys import Keys
 from service.serving.lease import LeaseSettings
 from service.serving.metrics import ServingMetrics
-from service.serving.wire import WireProtocol
+from service.serving.server import Server, serve
+from service.serving.shell import Shell
+from service.serving.weights import Weights
 from service.settings import Settings, settings
 from service.store.artifacts import open_artifacts
 from shards.engine.determinism import prepare
@@ -23,10 +21,6 @@ from shards.engine.registry import open_reader
 
 FENCED = 3
 """Exit code of a process whose lease was ended: start a new one."""
-GRACE = 20
-"""Seconds that requests under way have when the server is asked to stop."""
-SWITCH_INTERVAL = 0.001
-"""Seconds after which a busy thread lets another one run: heartbeats and floors must not wait for computations."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,13 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(config: Settings, factory: ReaderFactory, *, host: str, port: int, name: str) -> int:
     """Serve with the engine given, from the main thread; the exit code."""
-    sys.setswitchinterval(SWITCH_INTERVAL)
     program = Program(config, factory, host=host, port=port, name=name)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn raises what it caught again when it is done; a stop that was asked for is no failure.
-        signal.signal(number, lambda _number, _frame: None)
-    gc.freeze()  # imported modules live for ever; walking them would stop every answer
-    program.server.run()
+    serve(program.server)
     return FENCED if program.fenced else 0
 
 
@@ -67,29 +56,19 @@ class Program:
         """Nothing runs before `server.run()`."""
         self.fenced = False
         metrics = ServingMetrics()
+        get = open_artifacts(config.artifact_url, config.file_keys_url).get
         self.fleet = Fleet(
             FleetSettings(LeaseSettings(config.database_url, name, config.lease_ttl_ms), config.listen_url),
-            open_artifacts(config.artifact_url).get,
-            factory,
+            lambda replica: Weights(replica, get, factory, metrics),
             metrics,
             self._end,
         )
-        app = App(self.fleet, Keys(config.database_url), metrics, input_limit=config.record_limit_bytes)
-        self.server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                host=host,
-                port=port,
-                loop="uvloop",
-                http=WireProtocol,
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=GRACE,
-            )
-        )
+        answers = App(self.fleet, metrics, input_limit=config.record_limit_bytes)
+        app = Shell(self.fleet, Keys(config.database_url), metrics, answers)
+        self.server = Server(app, host=host, port=port, drain=config.drain_ms / 1000, leave=self._leave)
+
+    def _leave(self) -> None:
+        self.fleet.leaving = True
 
     def _end(self) -> None:
         self.fenced = True

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from service.domain.answers import Answers
 from service.serving.replica import Pointer
 from shards import vectors
 from shards.engine.interface import Input
@@ -21,6 +22,9 @@ BATCH_LIMIT = 256
 BODY_LIMIT = 4 * 2**20
 DIGITS = 6
 """Decimal places of a probability; their sum may differ from 1 by as much per class."""
+
+COARSE = 2
+"""Decimal places under the policy `top1`."""
 
 Float64 = npt.NDArray[np.float64]
 Headers = Sequence[tuple[bytes, bytes]]
@@ -50,13 +54,16 @@ class Answer:
 class ProblemError(Exception):
     """A refusal; its detail says what to do next and holds nothing that the caller sent."""
 
-    def __init__(self, status: int, slug: str, detail: str, *, headers: Headers = ()) -> None:
-        """`slug` names the kind of problem in its type URI and in the metrics."""
+    def __init__(
+        self, status: int, slug: str, detail: str, *, headers: Headers = (), told: Mapping[str, Any] | None = None
+    ) -> None:
+        """`slug` names the kind of problem in its type URI and in the metrics; `told` are members of its own."""
         super().__init__(slug)
         self.status = status
         self.slug = slug
         self.detail = detail
         self.headers = headers
+        self.told = told or {}
 
     def answer(self) -> Answer:
         """The problem as a response."""
@@ -65,6 +72,7 @@ class ProblemError(Exception):
             "title": self.slug.replace("-", " "),
             "status": self.status,
             "detail": self.detail,
+            **self.told,
         }
         return Answer(self.status, json.dumps(body).encode(), b"application/problem+json", self.headers)
 
@@ -157,11 +165,16 @@ def _is_vector(text: Input, width: int) -> bool:
     return True
 
 
-def render(model: str, pointer: Pointer, parts: Sequence[Logits]) -> Answer:
-    """The prediction with the version that it came from: probabilities of the classes, or a regression's value."""
-    logits = np.concatenate(parts).astype(np.float64)
+def render(model: str, pointer: Pointer, found: Logits, answers: Answers) -> Answer:
+    """The prediction with the version that it came from: as much of its scores as the policy lets out."""
+    logits = found.astype(np.float64)
     recipe = pointer.recipe
-    outputs = _values(recipe, logits) if recipe.task == "regression" else _probabilities(recipe.classes, logits)
+    if recipe.task == "regression":
+        outputs: list[dict[str, Any]] = [{"value": value} for value in values_of(recipe, logits, answers)]
+    elif answers is Answers.TOP1:
+        outputs = [{"label": label, "score": score} for label, score in top1(recipe.classes, logits)]
+    else:
+        outputs = _probabilities(recipe.classes, logits)
     body: Mapping[str, Any] = {
         "model": model,
         "version": pointer.version,
@@ -179,15 +192,19 @@ def provenance(pointer: Pointer) -> Headers:
     )
 
 
-def values_of(recipe: Recipe, logits: Float64) -> list[float]:
-    """A regression's numbers, rounded; where the declared scale is small, to a millionth of its spread."""
-    spread = recipe.scale.spread if recipe.scale else 1.0
-    places = DIGITS + max(0, -math.floor(math.log10(spread)))
+def values_of(recipe: Recipe, logits: Float64, answers: Answers) -> list[float]:
+    """A regression's numbers, rounded; where the declared scale is small, to a millionth of its spread.
+
+    Under `top1` to a hundredth of its spread, however large that is.
+    """
+    power = math.floor(math.log10(recipe.scale.spread if recipe.scale else 1.0))
+    places = COARSE - power if answers is Answers.TOP1 else DIGITS + max(0, -power)
     return [round(float(row[0]), places) for row in logits]
 
 
-def _values(recipe: Recipe, logits: Float64) -> list[dict[str, Any]]:
-    return [{"value": value} for value in values_of(recipe, logits)]
+def top1(classes: Sequence[str], logits: Float64) -> list[tuple[str, float]]:
+    """Per input the likeliest label and its probability, rounded to two places."""
+    return [(classes[int(row.argmax())], round(float(row.max()), COARSE)) for row in softmax(logits)]
 
 
 def _probabilities(classes: Sequence[str], logits: Float64) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from service.serving.answers import Answer, ProblemError, check_text, provenance
 from service.serving.replica import Pointer
-from shards.engine.completion import Sampling, Step
+from shards.engine.sampling import Sampling, Step
 
 EXAMPLE = '{"model": "a name", "prompt": "a text"}'
 DONE = b"data: [DONE]\n\n"

@@ -1,19 +1,28 @@
-"""The one compute thread: torch runs here and nowhere else, in small batches, while the event loop stays free."""
+"""The one compute thread: torch runs here and nowhere else, in small passes, while the event loop stays free.
+
+Rows of all calls wait by version and padded length: those of one length fill a pass together, and no answer's bits
+depend on the company. The pass with the oldest row is next, so no length waits for another one's traffic to end.
+"""
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+import numpy as np
 
 from shards.engine.interface import Input, Predictor
 from shards.logits import Logits
 
 T = TypeVar("T")
 
-ROWS = 32
-"""Rows per pass."""
+ROWS = 8
+"""Rows per pass: more are hardly faster, and hold up whoever waits for the thread."""
+PATIENCE = 0.002
+"""Seconds from its arrival that a row waits at most for a pass to fill, while the thread has nothing else to do."""
 BACKLOG_ROWS = 4096
 """Queued rows beyond which new work is refused: waiting longer helps nobody."""
 
@@ -22,14 +31,35 @@ class OverloadedError(Exception):
     """The queue is full; the caller should try again later or elsewhere."""
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    """At most `ROWS` rows of a call."""
+class ComputeError(Exception):
+    """The engine failed; the message is the class of its error."""
 
+
+@dataclass(slots=True, eq=False)
+class _Call:
     predictor: Predictor
     inputs: Sequence[Input]
+    wanted: Callable[[], bool]
     loop: asyncio.AbstractEventLoop
-    future: "asyncio.Future[Logits]"
+    future: "asyncio.Future[Logits | None]"
+    arrived: float = field(default_factory=time.monotonic)
+    answers: list[Any] = field(default_factory=list)
+    """Logits by row, as far as they are known."""
+    left: int = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for it any more, or its version may not answer."""
+        return self.future.done() or not self.wanted()
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """One input of a call, as the engine takes it."""
+
+    call: _Call
+    place: int
+    encoded: Any
 
 
 @dataclass(slots=True, eq=False)
@@ -42,35 +72,41 @@ class _Turn:
 
 
 class Compute:
-    """A queue and a thread. What is queued for the same predictor runs together, at most `ROWS` rows a pass."""
+    """A queue and a thread. Rows that wait for the same predictor at the same length run together."""
 
     def __init__(self) -> None:
         """Start the thread; `close` ends it."""
-        self._jobs: deque[_Job] = deque()
+        self._calls: deque[_Call] = deque()
+        self._rows: dict[tuple[Predictor, int], deque[_Row]] = {}
+        """By predictor and padded length. The thread's own."""
         self._turns: deque[_Turn] = deque()
         self._turn_is_next = False
+        self._in_company = False
+        """Whether the last pass had rows of several calls: then another is likely to come in a moment."""
         self._ready = threading.Condition()
-        self._rows = 0
+        self._waiting = 0
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
 
-    async def run(self, predictor: Predictor, inputs: Sequence[Input]) -> list[Logits]:
-        """Logits of `inputs`, in parts whose rows follow one another.
+    async def run(
+        self, predictor: Predictor, inputs: Sequence[Input], wanted: Callable[[], bool] = lambda: True
+    ) -> Logits | None:
+        """Logits (inputs, outputs); None where `wanted`, asked before each pass, said no: then none is computed.
 
         Raises:
             OverloadedError: the queue is full, or closed.
+            ComputeError: the engine failed.
         """
         loop = asyncio.get_running_loop()
-        cuts = range(0, len(inputs), ROWS)  # a turn that waits comes between two of them
-        jobs = [_Job(predictor, inputs[at : at + ROWS], loop, loop.create_future()) for at in cuts]
+        call = _Call(predictor, inputs, wanted, loop, loop.create_future())
         with self._ready:
-            if self._closed or self._rows + len(inputs) > BACKLOG_ROWS:
+            if self._closed or self._waiting + len(inputs) > BACKLOG_ROWS:
                 raise OverloadedError
-            self._rows += len(inputs)
-            self._jobs.extend(jobs)
+            self._waiting += len(inputs)
+            self._calls.append(call)
             self._ready.notify()
-        return await asyncio.gather(*(job.future for job in jobs))
+        return await call.future
 
     async def turn(self, work: Callable[[], T]) -> T:
         """What `work` returns: it should be quick, since passes and turns alternate while both wait.
@@ -79,6 +115,7 @@ class Compute:
 
         Raises:
             OverloadedError: the queue is closed.
+            ComputeError: the engine failed.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -97,79 +134,120 @@ class Compute:
         self._thread.join()
 
     def _run(self) -> None:
-        while (batch := self._take()) is not None:
-            if isinstance(batch, _Turn):
-                _take_turn(batch)
-            else:
-                _compute(batch)
-            # Held until the next batch otherwise, and with it the weights of an old version.
-            del batch
+        while self._step():
+            pass
 
-    def _take(self) -> list[_Job] | _Turn | None:
-        """The first job and those behind it that fit into the same pass, or a turn; None at the end."""
+    def _step(self) -> bool:
+        """One turn or one pass; False at the end. Nothing of it is held afterwards: old weights must go."""
+        self._admit()
         with self._ready:
-            while not self._jobs and not self._turns and not self._closed:
+            if not (self._calls or self._turns or self._rows):
+                if self._closed:
+                    return False
                 self._ready.wait()
-            if self._turns and (self._turn_is_next or not self._jobs):
-                self._turn_is_next = False
-                return self._turns.popleft()
-            if not self._jobs:
-                return None
-            self._turn_is_next = True
-            batch = [self._jobs.popleft()]
-            rows = len(batch[0].inputs)
-            while self._jobs:
-                following = self._jobs[0]
-                rows += len(following.inputs)
-                if rows > ROWS or following.predictor is not batch[0].predictor:
-                    break
-                batch.append(self._jobs.popleft())
-            self._rows -= sum(len(job.inputs) for job in batch)
-            return batch
+                return True
+            turn = self._turns.popleft() if self._turns and (self._turn_is_next or not self._rows) else None
+            if turn is None and self._patient():
+                return True
+        self._turn_is_next = turn is None
+        if turn is not None:
+            _take_turn(turn)
+        elif self._rows:
+            rows = self._take()
+            self._in_company = len({id(row.call) for row in rows}) > 1
+            _compute(rows)
+        return True
+
+    def _admit(self) -> None:
+        """Encode what has arrived, each call by itself."""
+        while self._calls:
+            call, failure = self._calls.popleft(), ""
+            encoded: Sequence[tuple[int, Any]] = ()
+            try:
+                encoded = () if call.over else call.predictor.encode(call.inputs)
+            except Exception as error:  # noqa: BLE001 - handed over to whoever asked
+                failure = type(error).__name__  # its traceback would hold the predictor, its message may hold an input
+            if not encoded:
+                with self._ready:
+                    self._waiting -= len(call.inputs)
+                if failure:
+                    _fail(call, failure)
+                else:
+                    _settle(call, None)
+                continue
+            call.answers, call.left = [None] * len(encoded), len(encoded)
+            for place, (length, each) in enumerate(encoded):
+                self._rows.setdefault((call.predictor, length), deque()).append(_Row(call, place, each))
+
+    def _patient(self) -> bool:
+        """Wait for company, if there is room and a reason for it; whether something may have arrived."""
+        if not self._rows or not self._in_company or self._turns or self._closed:
+            return False
+        oldest = min(self._rows.values(), key=lambda queue: queue[0].call.arrived)
+        left = PATIENCE - (time.monotonic() - oldest[0].call.arrived)
+        return left > 0 and len(oldest) < ROWS and (bool(self._calls) or self._ready.wait(left))
+
+    def _take(self) -> list[_Row]:
+        """The oldest row that waits, and those that can share its pass; without calls that are over."""
+        key = min(self._rows, key=lambda key: self._rows[key][0].call.arrived)
+        queue, rows = self._rows[key], list[_Row]()
+        while queue and len(rows) < ROWS:
+            row = queue.popleft()
+            with self._ready:
+                self._waiting -= 1
+            if row.call.over:
+                _settle(row.call, None)
+            else:
+                rows.append(row)
+        if not queue:
+            del self._rows[key]
+        return rows
 
 
 def _take_turn(turn: _Turn) -> None:
     try:
         result = turn.work()
     except Exception as error:  # noqa: BLE001 - handed over to whoever asked
-        _deliver(turn, None, type(error).__name__)
+        _fail(turn, type(error).__name__)
         return
-    _deliver(turn, result, "")
+    _settle(turn, result)
 
 
-def _compute(batch: Sequence[_Job]) -> None:
-    """Run a batch and hand each job its rows; after a failure each job runs alone, so that it takes none along."""
-    inputs = [each for job in batch for each in job.inputs]
-    logits: Logits | None = None
-    failure = ""
+def _compute(rows: Sequence[_Row]) -> None:
+    """Run a pass and hand each call its rows; after a failure each call's run alone, so that it takes none along."""
+    if not rows:
+        return
     try:
-        logits = batch[0].predictor.logits(inputs)
+        logits = rows[0].call.predictor.infer([row.encoded for row in rows])
     except Exception as error:  # noqa: BLE001 - handed over to whoever asked
-        failure = type(error).__name__  # its traceback would hold the predictor, its message may hold an input
-    if logits is None and len(batch) > 1:
-        for job in batch:
-            _compute([job])
-        return
-    start = 0
-    for job in batch:
-        _deliver(job, None if logits is None else logits[start : start + len(job.inputs)], failure)
-        start += len(job.inputs)
-
-
-class ComputeError(Exception):
-    """The engine failed; the message is the class of its error."""
-
-
-def _deliver(job: _Job | _Turn, result: Any, failure: str) -> None:
-    def settle() -> None:
-        if job.future.done():  # the caller has gone
-            return
-        if failure:
-            job.future.set_exception(ComputeError(failure))
+        calls = list(dict.fromkeys(row.call for row in rows))
+        if len(calls) > 1:
+            for call in calls:
+                _compute([row for row in rows if row.call is call])
         else:
-            job.future.set_result(result)
+            _fail(calls[0], type(error).__name__)
+        return
+    for row, answer in zip(rows, logits, strict=True):
+        row.call.answers[row.place] = answer
+        row.call.left -= 1
+        if not row.call.left:
+            _settle(row.call, np.stack(row.call.answers))
+
+
+def _settle(work: _Call | _Turn, result: Any) -> None:
+    _deliver(work, lambda: work.future.set_result(result))
+
+
+def _fail(work: _Call | _Turn, failure: str) -> None:
+    _deliver(work, lambda: work.future.set_exception(ComputeError(failure)))
+
+
+def _deliver(work: _Call | _Turn, tell: Callable[[], None]) -> None:
+    def settle() -> None:
+        if not work.future.done():  # else the caller has gone, or was told
+            tell()
 
     try:
-        job.loop.call_soon_threadsafe(settle)
+        work.loop.call_soon_threadsafe(settle)
     except RuntimeError:  # the loop is closed: nobody waits
         return

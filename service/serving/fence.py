@@ -18,6 +18,8 @@ class Fence:
 
     pointer: int = 0
     """Version that new work starts on; 0 is none."""
+    stable: int = 0
+    """An older version that new work may start on as well, while the pointer's is a canary; 0 is none."""
     local_floor: int = 0
     """No final check below it passes, whatever the lease says."""
     lease_until: float = float("-inf")
@@ -27,14 +29,16 @@ class Fence:
     sending: Counts = ()
     """Answers that passed it and are not yet with the kernel."""
 
-    def advance(self, version: int, floor: int) -> Self:
+    def advance(self, version: int, floor: int, stable: int = 0) -> Self:
         """Point at a loaded `version` (0: none was loaded) and raise the floor, in one step and without drain (rule 6).
 
-        Both only grow; a pointer below the floor is dropped.
+        Both only grow; a pointer below the floor is dropped. `stable` stays beside a newer pointer only where it was
+        answered from until now: a version that `covers` has left behind never comes back.
         """
         floor = max(self.local_floor, floor)
         pointer = max(self.pointer, version)
-        return replace(self, local_floor=floor, pointer=pointer if pointer >= floor else 0)
+        kept = stable if stable in {self.pointer, self.stable} and floor <= stable < pointer else 0
+        return replace(self, local_floor=floor, pointer=pointer if pointer >= floor else 0, stable=kept)
 
     def grant(self, sent_at: float, ttl: float) -> Self:
         """A heartbeat was granted: its lease counts from before it was *sent* (rules 4 and 5)."""
@@ -42,11 +46,11 @@ class Fence:
 
     def retire(self) -> Self:
         """Answer nothing, ever again (rule 11)."""
-        return replace(self, pointer=0, local_floor=2**62, lease_until=float("-inf"))
+        return replace(self, pointer=0, stable=0, local_floor=2**62, lease_until=float("-inf"))
 
-    def begin(self) -> Self:
-        """Work starts on the pointer's version."""
-        return replace(self, computing=_added(self.computing, self.pointer, 1))
+    def begin(self, version: int = 0) -> Self:
+        """Work starts on the pointer's version, or on the stable one if that is named."""
+        return replace(self, computing=_added(self.computing, version or self.pointer, 1))
 
     def abandon(self, version: int) -> Self:
         """Work on `version` ends without an answer."""
@@ -75,7 +79,7 @@ class Fence:
         Work below the local floor does not count, since its final check fails.
         """
         could_pass = (version for version, _ in self.computing if version >= self.local_floor)
-        return min((self.pointer or self.local_floor, *could_pass, *_versions(self.sending)))
+        return min((self.stable or self.pointer or self.local_floor, *could_pass, *_versions(self.sending)))
 
 
 def _versions(counts: Counts) -> Iterable[int]:

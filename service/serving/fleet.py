@@ -10,14 +10,13 @@ import psycopg
 
 from service.domain.errors import ExpungeError
 from service.logs import get_logger
-from service.serving.lease import Lease, LeaseSettings
+from service.serving.lease import Holder, Lease, LeaseSettings
 from service.serving.metrics import ServingMetrics
 from service.serving.predict import Served
 from service.serving.replica import Replica
-from service.serving.weights import Get, Weights
 from service.store import leases, models
 from service.store.database import Connection, connect
-from shards.engine.interface import ReaderFactory
+from service.store.models import Model
 
 POLL = 1.0
 """Seconds between looks for new models."""
@@ -43,18 +42,23 @@ class Status:
     floor: int
     leased: bool
     problem: str
+    reachable: bool = True
 
     @property
     def ready(self) -> bool:
         """Whether it may be answered from now."""
-        return self.version > 0 and self.leased
+        return self.version > 0 and self.leased and self.reachable
 
 
 @dataclass(slots=True)
 class _Member:
     served: Served
-    weights: Weights
     lease: Lease
+
+
+def is_served_here(model: Model) -> bool:
+    """Every model but those of engine `external`, whose artefacts are for a server of the operator's own."""
+    return model.recipe["engine"] != "external"
 
 
 @dataclass(slots=True)
@@ -62,11 +66,15 @@ class Fleet:
     """The replicas of a process, by model id. `start` and `find` are for the event loop's thread."""
 
     settings: FleetSettings
-    get: Get
-    factory: ReaderFactory
+    hold: Callable[[Replica], Holder]
+    """Makes what answers a model; it loads nothing yet."""
     metrics: ServingMetrics
     on_ended: Callable[[], None]
     """Called when a lease was found ended: the process must exit (rule 11)."""
+    wanted: Callable[[Model], bool] = is_served_here
+    """Which models to serve."""
+    leaving: bool = False
+    """The process will stop soon: it answers, and says that it is not ready."""
     _members: dict[int, _Member] = field(default_factory=dict)
     _names: dict[str, int] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -142,18 +150,16 @@ class Fleet:
 
     def _discover(self, connection: Connection) -> None:
         for model in models.list_models(connection):
-            served = model.recipe["engine"] != "external"  # its artefacts are for a server of the operator's own
-            if served and model.version > 0 and model.model_id not in self._members:
+            if self.wanted(model) and model.version > 0 and model.model_id not in self._members:
                 self._add(model.model_id, model.name)
         self._looked.set()
 
     def _add(self, model_id: int, name: str) -> None:
         replica = Replica(model_id, name, self.metrics)
-        weights = Weights(replica, self.get, self.factory, self.metrics)
-        lease = Lease(replica, weights, self.settings.lease, self.metrics, self.on_ended)
+        lease = Lease(replica, self.hold(replica), self.settings.lease, self.metrics, self.on_ended)
         served = Served(replica)
         replica.on_floor = lambda: self._cut(served)
-        self._members[model_id] = _Member(served, weights, lease)
+        self._members[model_id] = _Member(served, lease)
         self._names[name] = model_id
         lease.start()
 
@@ -165,4 +171,5 @@ class Fleet:
 
 def _status(replica: Replica) -> Status:
     pointer, fence = replica.pointer, replica.fence
-    return Status(replica.model, pointer.version if pointer else 0, fence.local_floor, replica.leased, replica.problem)
+    version = pointer.version if pointer else 0
+    return Status(replica.model, version, fence.local_floor, replica.leased, replica.problem, replica.reachable)

@@ -1,13 +1,17 @@
 """One request as the routes see it: its headers, its body within the limit, and what it asks of every answer."""
 
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from service.serving.answers import BODY_LIMIT, Message, ProblemError
+from service.serving.replica import Wish
 from service.serving.wire import Wire
+
+VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -28,6 +32,8 @@ class Call:
     receive: Receive
     send: Send
     wire: Wire
+    version: str | None = None
+    """The version in the address, in protocols that have one there."""
 
     @classmethod
     def of(cls, scope: Scope, receive: Receive, send: Send) -> "Call":
@@ -62,6 +68,19 @@ class Call:
             if value.isdigit() and len(value) < 19:
                 return int(value)
         raise ProblemError(400, "invalid-header", "X-Expunge-Min-Version must be a version number")
+
+    @property
+    def wish(self) -> Wish:
+        """Which of two versions is to answer, while a canary runs.
+
+        Raises:
+            ProblemError: 400 for a header that says neither.
+        """
+        value = self.headers.get(b"x-expunge-canary")
+        if value not in {None, b"true", b"false"}:
+            raise ProblemError(400, "invalid-header", "X-Expunge-Canary must be true or false, or left out")
+        exact = int(self.version) if self.version and VERSION.fullmatch(self.version) else 0
+        return Wish(self.least, exact, None if value is None else value == b"true")
 
     async def body(self) -> bytes:
         """The whole body, or a refusal as soon as it is known to be too large.

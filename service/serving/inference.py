@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from service.domain.answers import Answers
 from service.serving.answers import (
     BATCH_LIMIT,
     DIGITS,
@@ -23,6 +24,7 @@ from service.serving.answers import (
     image_of,
     provenance,
     softmax,
+    top1,
     values_of,
 )
 from service.serving.replica import Pointer
@@ -60,7 +62,7 @@ class Inference:
     """The version in the address: no other may answer."""
     input_limit: int
 
-    def inputs(self, pointer: Pointer) -> list[Input]:
+    def inputs(self, pointer: Pointer, answers: Answers) -> list[Input]:
         """The inputs as the model takes them.
 
         Raises:
@@ -71,8 +73,8 @@ class Inference:
         check_inputs(recipe, ())  # the task; the inputs below are of the model's kind
         if self.tensor.name != recipe.input:
             raise _invalid(f'inputs[0].name must be "{recipe.input}", the model\'s input')
-        if unknown := self.wanted - {name for name, _, _ in _outputs(recipe)}:
-            names = ", ".join(name for name, _, _ in _outputs(recipe))
+        if unknown := self.wanted - {name for name, _, _ in _outputs(recipe, answers)}:
+            names = ", ".join(name for name, _, _ in _outputs(recipe, answers))
             raise _invalid(f"outputs asks for {len(unknown)} tensors that the model has not: it has {names}")
         if recipe.module is not None:
             return [*_vectors(self.tensor, recipe.module.width)]
@@ -81,13 +83,13 @@ class Inference:
             return [image_of(text, f"inputs[0].data[{place}]") for place, text in enumerate(texts)]
         return [*texts]
 
-    def render(self, model: str, pointer: Pointer, parts: Sequence[Logits]) -> Answer:
+    def render(self, model: str, pointer: Pointer, found: Logits, answers: Answers) -> Answer:
         """The output tensors, with the version and how complete the ensemble is."""
-        logits = np.concatenate(parts).astype(np.float64)
-        data = _data(pointer.recipe, logits)
+        logits = found.astype(np.float64)
+        data = _data(pointer.recipe, logits, answers)
         outputs = [
             {"name": name, "datatype": datatype, "shape": [len(logits), *shape], "data": data[name]}
-            for name, datatype, shape in _outputs(pointer.recipe)
+            for name, datatype, shape in _outputs(pointer.recipe, answers)
             if not self.wanted or name in self.wanted
         ]
         body = {
@@ -131,8 +133,8 @@ def parse(body: Mapping[str, Any], *, version: str | None, input_limit: int) -> 
     return Inference(tensor, frozenset(each["name"] for each in outputs or ()), call_id, version, input_limit)
 
 
-def metadata(model: str, pointer: Pointer) -> Answer:
-    """The model's tensors; `parameters.classes` are the columns of `probabilities`."""
+def metadata(model: str, pointer: Pointer, versions: Sequence[int], answers: Answers) -> Answer:
+    """The model's tensors, and which versions are served; `parameters.classes` are the columns of `probabilities`."""
     recipe = pointer.recipe
     if recipe.task == "completion":
         check_inputs(recipe, ())
@@ -140,11 +142,12 @@ def metadata(model: str, pointer: Pointer) -> Answer:
     datatype = "FP32" if recipe.input == "vector" else "BYTES"
     body = {
         "name": model,
-        "versions": [str(pointer.version)],
+        "versions": [str(version) for version in versions],
         "platform": f"expunge_{recipe.engine}",
         "inputs": [{"name": recipe.input, "datatype": datatype, "shape": [-1, *wide]}],
         "outputs": [
-            {"name": name, "datatype": datatype, "shape": [-1, *shape]} for name, datatype, shape in _outputs(recipe)
+            {"name": name, "datatype": datatype, "shape": [-1, *shape]}
+            for name, datatype, shape in _outputs(recipe, answers)
         ],
         "parameters": {"classes": list(recipe.classes), "shards_live": pointer.live, "shards_of": pointer.of},
     }
@@ -168,17 +171,22 @@ def refusal(problem: ProblemError) -> Answer:
     return Answer(status, json.dumps({"error": problem.detail}).encode(), headers=problem.headers)
 
 
-def _outputs(recipe: Recipe) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+def _outputs(recipe: Recipe, answers: Answers) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
     """Name, type and shape per input of each output."""
     if recipe.task == "regression":
         return (("value", "FP32", (1,)),)
+    if answers is Answers.TOP1:
+        return (("label", "BYTES", ()), ("score", "FP32", ()))
     return (("label", "BYTES", ()), ("probabilities", "FP32", (len(recipe.classes),)))
 
 
-def _data(recipe: Recipe, logits: Any) -> dict[str, list[Any]]:
+def _data(recipe: Recipe, logits: Any, answers: Answers) -> dict[str, list[Any]]:
     """The outputs' data in row-major order."""
     if recipe.task == "regression":
-        return {"value": values_of(recipe, logits)}
+        return {"value": values_of(recipe, logits, answers)}
+    if answers is Answers.TOP1:
+        best = top1(recipe.classes, logits)
+        return {"label": [label for label, _ in best], "score": [score for _, score in best]}
     return {
         "label": [recipe.classes[int(row.argmax())] for row in logits],
         "probabilities": [round(float(share), DIGITS) for share in softmax(logits).ravel()],

@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 from uuid import uuid4
 
 import psycopg
@@ -11,9 +12,8 @@ import psycopg
 from service.domain.errors import ExpungeError
 from service.logs import get_logger
 from service.serving.metrics import ServingMetrics
-from service.serving.replica import Replica, boottime
-from service.serving.weights import Weights
-from service.store import leases, models, objects
+from service.serving.replica import Pointer, Replica, boottime
+from service.store import canaries, forecasts, leases, models, objects
 from service.store.database import Connection, connect
 from service.store.objects import Object
 from shards.errors import ShardsError
@@ -44,18 +44,47 @@ class LeaseSettings:
         return self.ttl_ms / 1000
 
 
+class Holder(Protocol):
+    """What answers of one model come from: the weights in this process, or those that an upstream holds for it."""
+
+    damaged: list[leases.StageObject]
+    """Stages whose object turned out missing or altered; for the lease to report."""
+    freed: int
+    """Below this version no weights are in memory any more."""
+    confirms: bool
+    """Whether it can ever tell that memory is free again."""
+
+    def apply(self, target: leases.Target) -> bool:
+        """Raise the floor, and move to `target` if that needs no loading; whether it is served now. Any thread."""
+        ...
+
+    def maintain(
+        self, target: leases.Target, clean: Sequence[leases.StageObject], interrupted: Callable[[], bool]
+    ) -> bool:
+        """Drop what is out of service, load what is missing; whether nothing is left to do. The loader's thread."""
+        ...
+
+    def clear(self) -> bool:
+        """Let go of everything, after the replica retired; whether nothing is in memory any more."""
+        ...
+
+    def retired(self, pointer: Pointer | None) -> None:
+        """The replica gave this pointer up."""
+        ...
+
+
 class Lease:
     """Keeps one replica's row: registers, beats every quarter of the time to live, ends it when stopped."""
 
     def __init__(
         self,
         replica: Replica,
-        weights: Weights,
+        weights: Holder,
         settings: LeaseSettings,
         metrics: ServingMetrics,
         on_ended: Callable[[], None],
     ) -> None:
-        """`on_ended` is called once, after the row was found ended and the weights are gone (rule 11)."""
+        """`on_ended` is called once, when the row was found ended: the process stops listening, and exits (rule 11)."""
         self.process_id = uuid4()  # never reused (rule 2)
         self.replica = replica
         self._weights = weights
@@ -65,6 +94,7 @@ class Lease:
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._registered = False
+        replica.on_failed = self._wake.set
         self._threads = [
             threading.Thread(target=self._beat_until_stopped, name=f"beat-{replica.model_id}", daemon=True),
             threading.Thread(target=self._load_until_stopped, name=f"load-{replica.model_id}", daemon=True),
@@ -104,7 +134,7 @@ class Lease:
         self.replica.covers_rose.set()
 
     def _free(self) -> bool:
-        until = time.monotonic() + FREE_TIMEOUT
+        until = time.monotonic() + (FREE_TIMEOUT if self._weights.confirms else 0)
         while not (freed := self._weights.clear()) and time.monotonic() < until:
             time.sleep(DYING_POLL)
         return freed
@@ -183,10 +213,10 @@ class Lease:
         """The barrier ended the row, or it is gone: stop, free, report, leave (rule 11)."""
         log.error("lease_ended", model=self.replica.model, process_id=str(self.process_id))
         self._halt("this server was fenced: a deactivation did not wait for it, and it exits")
+        self._on_ended()
         self._threads[1].join()
         if self._free():
             leases.mark_freed(connection, self.process_id)
-        self._on_ended()
 
     # The loader
 
@@ -216,15 +246,27 @@ class Lease:
         _close(connection)
 
     def _load(self, connection: Connection) -> bool:
+        if failed := self.replica.failed:
+            with connection.transaction():
+                canaries.report_failure(connection, self.replica.model_id, failed)
+            self.replica.failed = 0
         target = leases.get_target(connection, self.replica.model_id)
         clean = leases.list_clean_artifacts(connection, self.replica.model_id)  # after the target: see `maintain`
         done = self._weights.maintain(target, clean, lambda: self._stop.is_set() or self._wake.is_set())
+        self._forecast(connection)
         while self._weights.damaged:  # unusable from now on, and to be trained again (rule 20)
             stage = self._weights.damaged.pop()
             with connection.transaction():
                 objects.mark_lost(connection, Object(stage.object_name, stage.digest, stage.stage_key, None))
                 models.mark_rebuild_wanted(connection, self.replica.model_id)
         return done
+
+    def _forecast(self, connection: Connection) -> None:
+        """While too few shards are live, find when more will be: for whoever is refused."""
+        pointer = self.replica.pointer
+        short = pointer is not None and pointer.live < max(1, self.replica.min_shards)
+        model = models.get_model_by_id(connection, self.replica.model_id) if short else None
+        self.replica.expected_at = forecasts.expected_at(connection, model) if model else None
 
 
 def _close(connection: Connection | None) -> None:

@@ -1,5 +1,7 @@
 """Metrics of the model server. Labels are models and fixed words: never an input, a caller or a request."""
 
+from contextlib import suppress
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -49,6 +51,19 @@ class ServingMetrics:
             ["model", "result"],
             registry=self.registry,
         )
+        self.answered = Counter(
+            "expunge_version_answers",
+            "Answers of each version that is served: answered, engine_failed",
+            ["model", "version", "result"],
+            registry=self.registry,
+        )
+        self.canary = Gauge(
+            "expunge_serving_canary_share",
+            "Per cent of the requests that a canary gets; 0 is none",
+            ["model"],
+            registry=self.registry,
+        )
+        self._versions: dict[str, set[int]] = {}
         self.recomputed = Counter(
             "expunge_predictions_recomputed",
             "Answers computed again since the floor rose",
@@ -65,6 +80,20 @@ class ServingMetrics:
         self.in_flight = Gauge(
             "expunge_predictions_in_flight", "Requests being answered", ["model"], registry=self.registry
         )
+
+    def count(self, model: str, version: int, result: str) -> None:
+        """Count an answer by the version that it came from."""
+        self._versions.setdefault(model, set()).add(version)
+        self.answered.labels(model, str(version), result).inc()
+
+    def forget_below(self, model: str, covers: int) -> None:
+        """Drop the counts of versions that answer no more: each deletion makes a version, labels must not pile up."""
+        gone = {version for version in self._versions.get(model, set()) if version < covers}
+        self._versions.get(model, set()).difference_update(gone)
+        for version in gone:
+            for result in ("answered", "engine_failed"):
+                with suppress(KeyError):
+                    self.answered.remove(model, str(version), result)
 
     def exposition(self) -> bytes:
         """The Prometheus text format."""

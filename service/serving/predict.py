@@ -1,16 +1,19 @@
 """One answer: compute, then the final check in the same event-loop step as the write (rules 6 and 7)."""
 
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
 
+from service.domain.answers import Answers
 from service.serving.answers import Answer, ProblemError, unavailable
 from service.serving.compute import Compute, ComputeError, OverloadedError
 from service.serving.incoming import Call
 from service.serving.metrics import ServingMetrics
-from service.serving.replica import Pointer, Replica
+from service.serving.replica import ANY, Pointer, Replica, Wish
 from service.serving.wire import Outbox
 from shards.engine.interface import Input
 from shards.errors import InputError
@@ -18,6 +21,8 @@ from shards.logits import Logits
 
 T = TypeVar("T")
 
+LONGEST_WAIT = 3600
+"""Seconds in `Retry-After` at most: shards may come back sooner than a rebuild, with a request's revocation."""
 ATTEMPTS = 32
 """Computations of one request; each one after the first follows a rise of the floor."""
 
@@ -34,10 +39,10 @@ class Served:
 class Question:
     """What a call asks, in whichever protocol."""
 
-    inputs: Callable[[Pointer], Sequence[Input]]
-    """The inputs for that version; raises `ProblemError` where they are not for it."""
-    render: Callable[[str, Pointer, Sequence[Logits]], Answer]
-    """The response from the model's name, the version and its logits."""
+    inputs: Callable[[Pointer, Answers], Sequence[Input]]
+    """The inputs for that version and policy; raises `ProblemError` where they are not for it."""
+    render: Callable[[str, Pointer, Logits, Answers], Answer]
+    """The response from the model's name, the version and its logits, as much of them as the policy lets out."""
 
 
 Work = Callable[[Pointer], Awaitable[Answer | None]]
@@ -59,12 +64,13 @@ class Predictions:
         """
         return await respond(served, partial(self._answer, served.replica, question, call.least), call, self.metrics)
 
-    async def _answer(self, replica: Replica, question: Question, least: int, pointer: Pointer) -> Answer:
+    async def _answer(self, replica: Replica, question: Question, least: int, pointer: Pointer) -> Answer | None:
         check_version(pointer, least)
-        inputs = question.inputs(pointer)
+        inputs = question.inputs(pointer, replica.answers)
         check_live(replica, pointer)
-        parts = await computed(self.compute.run(pointer.predictor, inputs))
-        return question.render(replica.model, pointer, parts)
+        may_answer = partial(replica.may_answer, pointer.version)
+        logits = await computed(self.compute.run(pointer.predictor, inputs, may_answer))
+        return None if logits is None else question.render(replica.model, pointer, logits, replica.answers)
 
 
 async def respond(served: Served, work: Work, call: Call, metrics: ServingMetrics) -> str:
@@ -76,17 +82,21 @@ async def respond(served: Served, work: Work, call: Call, metrics: ServingMetric
     replica = served.replica
     started = time.monotonic()
     for _ in range(ATTEMPTS):
-        pointer = begin(replica)
+        pointer = begin(replica, call.wish)
         passed = False
         try:
             answer = await work(pointer)
             await call.wire.drained()  # of an earlier answer on the connection: `send` would wait after the check
             # From here to the write nothing is awaited.
             passed = answer is not None and replica.check(pointer.version)
+        except ProblemError as problem:
+            note_failure(replica, pointer, problem, metrics)
+            raise
         finally:
             if not passed:
                 replica.abandon(pointer.version)
         if answer is not None and passed:
+            metrics.count(replica.model, pointer.version, "answered")
             cut = not await _transmit(served, pointer.version, answer, call)
             metrics.duration.labels(replica.model).observe(time.monotonic() - started)
             return "cut" if cut else "answered"
@@ -94,16 +104,23 @@ async def respond(served: Served, work: Work, call: Call, metrics: ServingMetric
     raise unavailable("not-serving", "the floor rose again with every attempt; try again")
 
 
-def begin(replica: Replica) -> Pointer:
-    """Start work on the newest version.
+def begin(replica: Replica, wish: Wish = ANY) -> Pointer:
+    """Start work on the newest version, or on the one of two that `wish` says.
 
     Raises:
         ProblemError: 503 where nothing may be answered now.
     """
-    pointer = replica.begin()
+    pointer = replica.begin(wish)
     if pointer is None:
         raise unavailable("not-serving", replica.why_not())
     return pointer
+
+
+def note_failure(replica: Replica, pointer: Pointer, problem: ProblemError, metrics: ServingMetrics) -> None:
+    """Count what the engine could not answer, and let a canary end with it."""
+    if problem.slug == "engine-failed":
+        metrics.count(replica.model, pointer.version, "engine_failed")
+        replica.fail(pointer.version)
 
 
 def check_version(pointer: Pointer, least: int) -> None:
@@ -121,15 +138,25 @@ def check_live(replica: Replica, pointer: Pointer) -> None:
     """Refuse to answer from fewer shards than the model's policy asks for.
 
     Raises:
-        ProblemError: 503 with the reason, and where the forecast is.
+        ProblemError: 503 with the reason and the forecast.
     """
-    forecast = f"GET /v1/models/{replica.model}/capacity of the API says when more are trained"
-    if pointer.live == 0:
-        detail = f"every stage of the model is out of service until a rebuild; {forecast}"
-        raise unavailable("no-live-shard", detail)
-    if pointer.live < replica.min_shards:
-        detail = f"{pointer.live} of {pointer.of} shards are live and min_shards is {replica.min_shards}; {forecast}"
-        raise unavailable("too-few-shards", detail)
+    if pointer.live >= max(1, replica.min_shards):
+        return
+    slug, why = "no-live-shard", "every stage of the model is out of service until a rebuild"
+    if pointer.live:
+        slug = "too-few-shards"
+        why = f"{pointer.live} of {pointer.of} shards are live and min_shards is {replica.min_shards}"
+    expected, wait = replica.expected_at, 1
+    when = f"GET /v1/models/{replica.model}/capacity of the API says when more are trained"
+    if expected is not None:
+        when = f"a rebuild is expected to serve at {expected.isoformat(timespec='seconds')}; {when}"
+        wait = min(LONGEST_WAIT, max(1, math.ceil((expected - datetime.now(UTC)).total_seconds())))
+    told = {
+        "shards": {"live": pointer.live, "of": pointer.of},
+        "min_shards": replica.min_shards,
+        "expected_at": expected.isoformat(timespec="seconds") if expected else None,
+    }
+    raise ProblemError(503, slug, f"{why}; {when}", headers=((b"retry-after", b"%d" % wait),), told=told)
 
 
 async def computed(work: Awaitable[T]) -> T:

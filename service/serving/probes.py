@@ -43,12 +43,14 @@ class Probes:
     @property
     def _ready(self) -> bool:
         statuses = self._fleet.statuses()
-        return statuses is not None and all(status.ready for status in statuses)
+        return not self._fleet.leaving and statuses is not None and all(status.ready for status in statuses)
 
     def _readiness(self) -> Answer:
         statuses = self._fleet.statuses()
         models = [{**asdict(status), "ready": status.ready} for status in statuses or ()]
         why = {} if statuses is not None else {"detail": "Postgres was not reached yet; check EXPUNGE_DATABASE_URL"}
+        if self._fleet.leaving:
+            why = {"detail": "this server is about to stop: send requests to another one"}
         return _readied({"models": models, **why}, ready=self._ready)
 
     def _exposition(self) -> Answer:
@@ -60,8 +62,9 @@ class Probes:
         pointer = replica.pointer
         ready = (
             pointer is not None
-            and place.version in {None, str(pointer.version)}
+            and place.version in {None, *map(str, replica.versions)}
             and replica.leased
+            and replica.reachable
             and pointer.live >= max(1, replica.min_shards)
         )
         return _readied({"name": place.model}, ready=ready)

@@ -1,10 +1,13 @@
 """One model in one process: the pointer and the fence behind one lock. No I/O; every method is quick."""
 
+import secrets
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
+from service.domain.answers import Answers
 from service.serving.fence import Fence
 from service.serving.metrics import ServingMetrics
 from shards.engine.interface import Predictor
@@ -33,6 +36,21 @@ class Pointer:
     """Shards of the recipe."""
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Which version a request wants to be answered from, where a canary and a stable one do; never by its content."""
+
+    least: int = 0
+    """The lowest that it takes."""
+    version: int = 0
+    """The very one; 0: any."""
+    canary: bool | None = None
+    """Whether it wants the canary; None: as the dice fall."""
+
+
+ANY = Wish()
+
+
 class Replica:
     """What requests, heartbeats and the loader share of one model."""
 
@@ -46,6 +64,17 @@ class Replica:
         """Called after the floor rose, on the thread that raised it."""
         self.min_shards = 1
         """With fewer live shards nothing is answered: the model's policy, followed within seconds."""
+        self.answers = Answers.PROBABILITIES
+        """How much answers tell: the model's policy, followed within seconds."""
+        self.expected_at: datetime | None = None
+        """While too few shards are live: when a rebuild is expected to serve; None: not known, or none is planned."""
+        self.share = 0
+        """Per cent of the requests that a canary gets."""
+        self.failed = 0
+        """Newest canary on which the engine failed; for the lease to report."""
+        self.on_failed: Callable[[], None] = lambda: None
+        self.reachable = True
+        """False where what computes the answers does not respond: an upstream that is down."""
         self.problem = ""
         """Why the newest version is not served; empty when it is."""
         self._metrics = metrics
@@ -53,6 +82,7 @@ class Replica:
         self._lock = threading.Lock()
         self._fence = Fence()
         self._pointer: Pointer | None = None
+        self._stable: Pointer | None = None
         self._told = 0
 
     @property
@@ -62,25 +92,50 @@ class Replica:
 
     @property
     def pointer(self) -> Pointer | None:
-        """What new work would start on."""
+        """What new work would start on; while a canary runs, the canary."""
         return self._pointer
+
+    @property
+    def stable(self) -> Pointer | None:
+        """What new work starts on beside a canary; None where no canary runs."""
+        return self._stable
+
+    @property
+    def versions(self) -> list[int]:
+        """What new work may start on, oldest first."""
+        return [each.version for each in (self._stable, self._pointer) if each]
 
     @property
     def leased(self) -> bool:
         """Whether the lease is valid now."""
         return self._clock() < self._fence.lease_until
 
-    def begin(self) -> Pointer | None:
-        """Start work on the newest version; end it with `abandon`, or with `check` and `sent`.
+    def begin(self, wish: Wish = ANY) -> Pointer | None:
+        """Start work on the newest version, or on the stable one beside a canary.
 
-        None where nothing may be answered now: `why_not` says why.
+        End it with `abandon`, or with `check` and `sent`. None where nothing may be answered now: `why_not` says why.
         """
         with self._lock:
-            pointer = self._pointer
+            pointer = self._choose(wish)
             if pointer is None or not self._fence.may_answer(pointer.version, self._clock()):
                 return None
-            self._fence = self._fence.begin()
+            self._fence = self._fence.begin(pointer.version)
             return pointer
+
+    def _choose(self, wish: Wish) -> Pointer | None:
+        newest, stable = self._pointer, self._stable
+        if stable is None or newest is None or wish.least > stable.version:
+            return newest
+        if wish.version:
+            return stable if wish.version == stable.version else newest
+        canary = secrets.randbelow(100) < self.share if wish.canary is None else wish.canary
+        return newest if canary else stable
+
+    def fail(self, version: int) -> None:
+        """The engine failed on `version`: a canary ends with that."""
+        if self._stable is not None and version > self._stable.version:
+            self.failed = max(self.failed, version)
+            self.on_failed()
 
     def abandon(self, version: int) -> None:
         """Work ends without an answer."""
@@ -123,15 +178,18 @@ class Replica:
             return self.problem or "no version of the model is loaded yet"
         return "this server holds no valid lease: it has not reached Postgres for longer than the lease's time to live"
 
-    def advance(self, pointer: Pointer | None, floor: int) -> Pointer | None:
-        """Swap to a newer pointer and raise the floor in one step (rule 6). Returns the pointer that went, if any."""
+    def advance(self, pointer: Pointer | None, floor: int, stable: int = 0) -> list[Pointer]:
+        """Swap to a newer pointer and raise the floor in one step (rule 6). Returns the pointers that went.
+
+        The one of version `stable` goes on answering beside the newer one, if it did until now.
+        """
         with self._lock:
-            old, before = self._pointer, self._fence
-            self._fence = before.advance(pointer.version if pointer else 0, floor)
-            if pointer and pointer.version == self._fence.pointer and pointer.version > before.pointer:
-                self._pointer = pointer
-            elif self._fence.pointer == 0:
-                self._pointer = None
+            before = self._fence
+            held = [each for each in (self._pointer, self._stable) if each]
+            self._fence = before.advance(pointer.version if pointer else 0, floor, stable)
+            known = {each.version: each for each in ([pointer] if pointer else []) + held}
+            old, self._pointer = self._pointer, known.get(self._fence.pointer)
+            self._stable = known.get(self._fence.stable)
             raised = self._fence.local_floor > before.local_floor
             swapped = self._pointer is not old
             self._tell()
@@ -139,7 +197,7 @@ class Replica:
             self.on_floor()
         if swapped:
             self._metrics.swaps.labels(self.model, "swapped" if self._pointer else "dropped").inc()
-        return old if swapped else None
+        return [each for each in held if each is not self._pointer and each is not self._stable]
 
     def grant(self, sent_at: float, ttl: float) -> None:
         """A heartbeat that was sent at `sent_at` was granted."""
@@ -149,7 +207,7 @@ class Replica:
     def retire(self, why: str) -> Pointer | None:
         """Answer nothing, ever again. Returns the pointer that went."""
         with self._lock:
-            old, self._pointer = self._pointer, None
+            old, self._pointer, self._stable = self._pointer, None, None
             self._fence = self._fence.retire()
             self.problem = why
         self.on_floor()
@@ -171,3 +229,5 @@ class Replica:
         self._metrics.version.labels(self.model).set(pointer.version if pointer else 0)
         self._metrics.floor.labels(self.model).set(self._fence.local_floor)
         self._metrics.leased.labels(self.model).set(self.leased)
+        self._metrics.canary.labels(self.model).set(self.share if self._stable else 0)
+        self._metrics.forget_below(self.model, self._fence.covers)

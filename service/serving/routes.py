@@ -19,6 +19,7 @@ class Route(StrEnum):
 
     PREDICT = "predict"
     COMPLETIONS = "completions"
+    CHAT = "chat"
     MODELS = "models"
     MODEL = "model"
     SERVER = "server"
@@ -38,6 +39,7 @@ _ROUTES: Mapping[Route, tuple[str, re.Pattern[str]]] = {
     for route, method, pattern in (
         (Route.PREDICT, "POST", r"/v1/models/(?P<model>[^/]+)/predict"),
         (Route.COMPLETIONS, "POST", r"/v1/completions"),
+        (Route.CHAT, "POST", r"/v1/chat/completions"),
         (Route.MODELS, "GET", r"/v1/models"),
         (Route.MODEL, "GET", r"/v1/models/(?P<model>[^/]+)"),
         (Route.SERVER, "GET", r"/v2/?"),
@@ -81,6 +83,8 @@ def refusal_of(path: str) -> Callable[[ProblemError], Answer]:
     """How a problem is written at a path, as its protocol says; RFC 9457 unless it does."""
     if path == "/v2" or path.startswith("/v2/"):
         return inference.refusal
-    if path == "/v1/completions" or (path.startswith("/v1/models") and not path.endswith("/predict")):
+    if path in {"/v1/completions", "/v1/chat/completions"} or (
+        path.startswith("/v1/models") and not path.endswith("/predict")
+    ):
         return completions.refusal
     return ProblemError.answer

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from service.domain.answers import Answers
 from service.logs import get_logger
 from service.serving.metrics import ServingMetrics
 from service.serving.replica import Pointer, Replica
@@ -42,11 +43,13 @@ class Weights:
         self._lock = threading.Lock()
         self._dying: list[weakref.ref[Any]] = []
         self._dying_since = 0.0
+        self._built: list[weakref.ref[Any]] = []
         self._kept = 0
         self._unusable: dict[str, str] = {}
         """Why an artefact could not be loaded when it was last tried, by digest."""
         self.damaged: list[StageObject] = []
         """Stages whose object turned out missing or altered; for the caller to report."""
+        self.confirms = True
         self.freed = 0
         """Below this version no weights are in memory any more."""
 
@@ -57,16 +60,16 @@ class Weights:
         stays if the floor allows it; else nothing is answered, which also covers the floor (rule 6).
         """
         with self._lock:
-            self._replica.min_shards = target.min_shards
-            pointer = self._replica.pointer
-            fresh = None
-            if target.body is not None and (pointer is None or target.version > pointer.version):
-                fresh = self._build(target, pointer)
-            went = self._replica.advance(fresh, target.floor)
-            if went is not None:
-                now = self._replica.pointer
-                if now is None or now.predictor is not went.predictor:
-                    self._dying.append(weakref.ref(went.predictor))
+            self._replica.min_shards, self._replica.share = target.min_shards, target.share
+            self._replica.answers = Answers(target.answers)
+            went: list[Pointer] = []
+            for step in target.steps():  # the stable version first: it stays beside a canary where it was there before
+                pointer = self._replica.pointer
+                newer = step.body is not None and (pointer is None or step.version > pointer.version)
+                fresh = self._build(step) if newer else None
+                went += self._replica.advance(fresh, target.floor, target.stable or 0)
+            kept = [each.predictor for each in self._pointers()]
+            self._dying += [weakref.ref(each.predictor) for each in went if each.predictor not in kept]
             return self._served(target)
 
     def maintain(self, target: Target, clean: Sequence[StageObject], interrupted: Callable[[], bool]) -> bool:
@@ -91,9 +94,9 @@ class Weights:
         return not self._alive()
 
     def retired(self, pointer: Pointer | None) -> None:
-        """Watch over the end of a pointer that the replica gave up."""
+        """Watch over the end of a pointer that the replica gave up, and of what stood beside it."""
         if pointer is not None:
-            self._watch([weakref.ref(pointer.predictor)])
+            self._watch(self._built)
 
     def _watch(self, references: Iterable[weakref.ref[Any]]) -> None:
         with self._lock:
@@ -112,17 +115,22 @@ class Weights:
             return True
         return False
 
-    def _build(self, target: Target, pointer: Pointer | None) -> Pointer | None:
+    def _pointers(self) -> list[Pointer]:
+        return [each for each in (self._replica.pointer, self._replica.stable) if each]
+
+    def _build(self, target: Target) -> Pointer | None:
         reader, recipe = self._reader, self._recipe
         if reader is None or recipe is None or target.body is None or target.assembly is None:
             return None
-        if pointer is not None and pointer.assembly == target.assembly:
-            predictor, live = pointer.predictor, pointer.live
+        same = [each for each in self._pointers() if each.assembly == target.assembly]
+        if same:
+            predictor, live = same[0].predictor, same[0].live
         else:
             assembly = Assembly.from_json(target.body)
             if missing := _digests(assembly) - reader.held():
                 known = [self._unusable[digest] for digest in sorted(missing & self._unusable.keys())]
-                return self._cannot(target, known[0] if known else "its artefacts are still being loaded")
+                why = known[0] if known else "its artefacts are still being loaded"
+                return self._cannot(target, why, failed=bool(known))
             try:
                 predictor = reader.build(assembly)
             except ShardsError as error:
@@ -132,14 +140,16 @@ class Weights:
                     version=target.version,
                     reason=type(error).__name__,
                 )
-                return self._cannot(target, "the newest version's artefacts do not fit together")
+                return self._cannot(target, "the newest version's artefacts do not fit together", failed=True)
             live = sum(member is not None for member in assembly.members)
+            self._built.append(weakref.ref(predictor))
         return Pointer(target.version, target.assembly, predictor, recipe, live, recipe.seats)
 
-    def _cannot(self, target: Target, why: str) -> None:
+    def _cannot(self, target: Target, why: str, *, failed: bool) -> None:
         if not self._replica.problem:
             self._replica.problem = f"version {target.version}: {why}"
-        if self._kept < target.version:
+        pointer = self._replica.pointer
+        if failed and pointer is not None and pointer.version >= target.floor and self._kept < target.version:
             self._kept = target.version
             self._metrics.swaps.labels(self._replica.model, "kept_old").inc()
 
@@ -184,6 +194,7 @@ class Weights:
     def _alive(self) -> bool:
         with self._lock:
             self._dying = [reference for reference in self._dying if reference() is not None]
+            self._built = [reference for reference in self._built if reference() is not None]
             now = time.monotonic()
             if not self._dying:
                 self._dying_since = now
@@ -199,5 +210,5 @@ def _digests(assembly: Assembly) -> frozenset[str]:
 
 def _wanted_first(target: Target, clean: Sequence[StageObject]) -> list[StageObject]:
     """What the target needs, then what a later deactivation may need."""
-    needed = _digests(Assembly.from_json(target.body)) if target.body else frozenset[str]()
-    return sorted(clean, key=lambda stage: stage.digest not in needed)
+    needed = [_digests(Assembly.from_json(step.body)) for step in target.steps() if step.body]
+    return sorted(clean, key=lambda stage: [stage.digest not in digests for digests in needed])

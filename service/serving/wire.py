@@ -6,7 +6,8 @@ one byte stays behind.
 """
 
 import asyncio
-from collections.abc import MutableMapping
+from collections.abc import Generator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -80,6 +81,7 @@ class Outbox:
     def __init__(self) -> None:
         """Nothing waits."""
         self._waiting: set[tuple[int, Wire]] = set()
+        self._watches: set[tuple[int, asyncio.Event]] = set()
 
     async def drained(self, version: int, wire: Wire) -> None:
         """Wait for the kernel, or for `cut`. Whoever cannot wait (a server that stops) takes back what is left."""
@@ -93,8 +95,21 @@ class Outbox:
         finally:
             self._waiting.discard(entry)
 
+    @contextmanager
+    def watched(self, version: int) -> Generator[asyncio.Event]:
+        """An event that is set when the floor rises above `version`, for work that waits for something outside."""
+        entry = (version, asyncio.Event())
+        self._watches.add(entry)
+        try:
+            yield entry[1]
+        finally:
+            self._watches.discard(entry)
+
     def cut(self, floor: int) -> None:
         """Take back every waiting answer from below `floor`: a slow client must not delay the acknowledgement."""
+        for version, risen in self._watches:
+            if version < floor:
+                risen.set()
         for version, wire in list(self._waiting):
             if version < floor:
                 wire.abort()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from service.standalone.supervisor import Program
 
 HOST = "127.0.0.1"
+_SERVER_GRACE = 30.0
+"""Seconds that a model server has to finish what runs (20 at most), free its memory and end its lease."""
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Exactness needs it of training; model servers would fight over the cores otherwise."""
 
@@ -63,6 +65,7 @@ def expunge_programs(shape: Shape, env: Mapping[str, str]) -> Sequence[Sequence[
                 name,
             ),
             ready=_answers(port, "/healthz"),
+            grace=_SERVER_GRACE,
         )
         for name, port in shape.servers.items()
     ]

@@ -10,6 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
@@ -35,6 +36,12 @@ class State:
     sockets: Path
     """Where the stores listen: `run`, or a directory of the temporary one where that path is too long."""
 
+    @classmethod
+    def found(cls, root: Path) -> Self:
+        """The parts of a directory that `hold` made, without holding it."""
+        root = root.expanduser().resolve()
+        return cls(root, _sockets(root))
+
     @property
     def postgres(self) -> Path:
         """Postgres' data directory."""
@@ -49,6 +56,11 @@ class State:
     def artifacts(self) -> Path:
         """The artefact store."""
         return self.root / "artifacts"
+
+    @property
+    def file_keys(self) -> Path:
+        """The key store: one key for each file of the artefact store."""
+        return self.root / "file-keys"
 
     @property
     def keys(self) -> Path:
@@ -80,7 +92,15 @@ def hold(root: Path) -> Generator[State]:
         _lock(descriptor, root)
         root.chmod(0o700)  # not before: a running instance may need it wider
         state = State(root, _sockets(root))
-        for part in (state.postgres, state.valkey, state.artifacts, state.keys, state.run, state.logs):
+        for part in (
+            state.postgres,
+            state.valkey,
+            state.artifacts,
+            state.file_keys,
+            state.keys,
+            state.run,
+            state.logs,
+        ):
             part.mkdir(mode=0o700, exist_ok=True)
         (state.run / "up.json").unlink(missing_ok=True)  # of a supervisor that was killed
         yield state

@@ -20,6 +20,7 @@ class Stores:
     listen_url: str
     redis_url: str
     artifact_url: str
+    file_keys_url: str
     postgres: Postgres | None
     valkey: Valkey | None
 
@@ -49,6 +50,7 @@ def choose(state: State, settings: Settings) -> Stores:
         listen_url="" if postgres else settings.database_listen_url,
         redis_url=valkey.url if valkey else settings.redis_url,
         artifact_url=settings.artifact_url or state.artifacts.as_uri(),
+        file_keys_url=settings.file_keys_url or state.file_keys.as_uri(),
         postgres=postgres,
         valkey=valkey,
     )

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from service.domain.errors import ExpungeError
+from service.evidence.tree_head import TreeHeadError
 from service.settings import Settings
 from service.standalone import state as states
 from service.standalone.errors import StandaloneError
@@ -16,7 +17,10 @@ from service.standalone.programs import HOST, Shape, expunge_programs
 from service.standalone.state import State
 from service.standalone.stores import Stores, choose
 from service.standalone.supervisor import Program, Supervisor
-from service.store import migrate
+from service.store import migrate, vetting
+from service.store.artifacts import open_artifacts
+from service.store.database import QuarantineError, make_pool
+from service.store.ledger_files import LedgerFiles
 
 Programs = Callable[[Shape, Mapping[str, str]], Sequence[Sequence[Program]]]
 FirstKey = Callable[[str], str | None]
@@ -67,7 +71,11 @@ def _run(state: State, shape: Shape, supervisor: Supervisor, programs: Programs,
     if not _start_stores(stores, supervisor):
         return
     _migrate(stores.owner_url)
-    key = first_key(stores.owner_url)
+    shut = compare(stores, settings.ledger_high_water or keys / "tree-head")
+    if shut:
+        _say(f"QUARANTINE: {shut}")
+        _say(f"Nothing is taken in or served before `expunge restore --state {state.root}` has run.")
+    key = None if shut else first_key(stores.owner_url)
     if key is not None:
         states.write_private(state.keys / "first-api-key", f"{key}\n".encode())
     for group in programs(shape, _environment(stores, keys, shape)):
@@ -89,6 +97,17 @@ def _start_stores(stores: Stores, supervisor: Supervisor) -> bool:
     return not supervisor.stopping
 
 
+def compare(stores: Stores, high_water: Path) -> str | None:
+    """What is wrong with stores that are not of one moment, which shuts them; None where they are."""
+    artifacts = open_artifacts(stores.artifact_url, stores.file_keys_url)
+    with make_pool(stores.app_url, size=1) as pool:
+        try:
+            vetting.vet(pool, LedgerFiles(artifacts), high_water)
+        except (QuarantineError, TreeHeadError) as error:
+            return str(error)
+    return None
+
+
 def _migrate(owner_url: str) -> None:
     try:
         migrate.upgrade(owner_url)
@@ -102,11 +121,13 @@ def _environment(stores: Stores, keys: Path, shape: Shape) -> Mapping[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "EXPUNGE_DATABASE_OWNER_URL"}
     return {
         "HF_HUB_OFFLINE": "1",
+        "EXPUNGE_DRAIN_MS": "0",  # no balancer is in front, unless the user says so
         **inherited,
         "EXPUNGE_DATABASE_URL": stores.app_url,
         "EXPUNGE_DATABASE_LISTEN_URL": stores.listen_url,
         "EXPUNGE_REDIS_URL": stores.redis_url,
         "EXPUNGE_ARTIFACT_URL": stores.artifact_url,
+        "EXPUNGE_FILE_KEYS_URL": stores.file_keys_url,
         "EXPUNGE_KEYS_DIR": str(keys),
         "EXPUNGE_API_URL": shape.api_url,
         "TOKENIZERS_PARALLELISM": "false",

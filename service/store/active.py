@@ -39,7 +39,7 @@ ORDER BY c.shard, c.slice
 LIST_MANIFESTS: LiteralString = """
 SELECT DISTINCT sc.cell_id, m.root, m.rows
 FROM stage_cell sc JOIN cell_manifest m ON m.cell_id = sc.cell_id AND m.generation = sc.generation
-WHERE sc.stage_key = ANY(%(stage_keys)s::text[]) AND sc.cell_id = ANY(%(cell_ids)s::bigint[])
+WHERE sc.stage_key = ANY(%(stage_keys)b::text[]) AND sc.cell_id = ANY(%(cell_ids)s::bigint[])
 """
 
 UNKNOWN = ""

@@ -12,6 +12,8 @@ from typing import LiteralString
 
 from psycopg.rows import class_row
 
+from service.evidence.events import EventKind
+from service.store import events
 from service.store.database import Connection, connect
 
 PREFIX_LENGTH = 8
@@ -26,7 +28,8 @@ INSERT INTO api_key (prefix, name, secret_hash, scopes)
 VALUES (%(prefix)s::text, %(name)s::text, %(secret_hash)s::bytea, %(scopes)s::text[])
 """
 LOCK_TABLE: LiteralString = "LOCK TABLE api_key IN SHARE ROW EXCLUSIVE MODE"
-EXISTS: LiteralString = "SELECT 1 FROM api_key LIMIT 1"
+# What a restore brought back are names without secrets.
+EXISTS: LiteralString = "SELECT 1 FROM api_key WHERE name <> 'restored' LIMIT 1"
 MARK_REVOKED: LiteralString = """
 UPDATE api_key SET revoked_at = now() WHERE prefix = %(prefix)s::text AND revoked_at IS NULL
 """
@@ -74,6 +77,7 @@ def create(connection: Connection, name: str, scopes: Iterable[Scope]) -> str:
         "scopes": sorted(scope.value for scope in scopes),
     }
     connection.execute(INSERT, values)
+    events.append(connection, EventKind.API_KEY_CREATED, prefix=prefix, scopes=values["scopes"])
     return f"xp_{prefix}_{secret}"
 
 
@@ -93,7 +97,8 @@ def authenticate(connection: Connection, token: str) -> ApiKey | None:
 
 def mark_revoked(connection: Connection, prefix: str) -> None:
     """Refuse the key from now on; its row stays, since requests name it as their actor."""
-    connection.execute(MARK_REVOKED, {"prefix": prefix})
+    if connection.execute(MARK_REVOKED, {"prefix": prefix}).rowcount:
+        events.append(connection, EventKind.API_KEY_REVOKED, prefix=prefix)
 
 
 def bootstrap(url: str) -> str | None:

@@ -1,48 +1,79 @@
-"""The artefact store: named immutable objects behind four verbs, here a local directory.
+"""The artefact store: named immutable objects, each sealed under a key of its own that is kept elsewhere.
 
-Rows in `artifact` say what may be opened; this module only moves bytes. Names are never reused (rule 18).
+Rows in `artifact` say what may be opened; this module only moves bytes. Names are never reused (rule 18). What the
+ledger publishes is not sealed: it holds no personal data, and others must be able to read it without us.
 """
 
-import fcntl
-import os
-import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import unquote, urlparse
-from uuid import uuid4
+
+from service.store.directory import Directory
+from service.store.file_keys import FileKeys, FileKeysError, open_file_keys
+from service.store.sealing import seal, unseal
+
+LEDGER = "ledger/"
+OPENINGS = LEDGER + "openings/"
+KEY_STORE = "key-store"
+"""The object that names the key store whose keys open all others."""
 
 
 class ArtifactMissingError(Exception):
-    """There is no object of that name."""
+    """There is no object of that name, or its key is gone, which is the same."""
 
 
-class LocalArtifacts:
-    """Objects as files below one directory, written so that a crash leaves all or nothing (rule 24)."""
-
-    def __init__(self, root: Path) -> None:
-        """Objects lie below `root`, which is created with mode 0700."""
-        self.root = root
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+class Files(Protocol):
+    """Where objects lie: a directory or a bucket."""
 
     def put(self, name: str, data: bytes) -> None:
-        """Store `data` under a new name: write aside, fsync, link, fsync the directory.
+        """Write a new one; `FileExistsError` where the name is taken."""
+
+    def replace(self, name: str, data: bytes, *, expected: bytes | None) -> None:
+        """Put one in the place of another in one step; `FileExistsError` where something else lies there."""
+
+    def get(self, name: str) -> bytes:
+        """Read one; `FileNotFoundError` where there is none."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove one; what is gone is a success."""
+
+    def exists(self, name: str) -> bool:
+        """Whether it is there now."""
+        ...
+
+    def names(self, *, older_than: float) -> list[str]:
+        """Those last written more than so many seconds ago, unfinished ones included."""
+        ...
+
+    def names_below(self, prefix: str) -> list[str]:
+        """Those whose name begins with a directory."""
+        ...
+
+
+class Artifacts:
+    """Objects and their keys: an object without its key is as good as none, and the other way round."""
+
+    def __init__(self, files: Files, keys: FileKeys) -> None:
+        """`keys` must be the key store that the objects were written with.
+
+        Raises:
+            FileKeysError: it is another one; every object would look lost.
+        """
+        self.files = files
+        self._keys = keys
+        self._pair()
+
+    def put(self, name: str, data: bytes) -> None:
+        """Seal `data` and store it under a new name: first the key, then the object (rule 20).
 
         Raises:
             FileExistsError: the name is taken; names are never reused.
-            OSError: the disk is full; nothing stays behind.
+            OSError: the disk is full; of the object nothing stays behind.
         """
-        path = self._path(name)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{uuid4().hex}.part")
-        try:
-            with aside.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-        _fsync(path.parent)
+        self.files.put(name, data if is_public(name) else seal(self._keys.create(name), name, data))
 
     def replace(self, name: str, data: bytes, *, expected: bytes | None) -> None:
         """Put `data` in the place of `expected` (None: of nothing) in one step: for the ledger's checkpoint alone.
@@ -50,94 +81,89 @@ class LocalArtifacts:
         Raises:
             FileExistsError: something else lies there (rule 16: a put under a condition).
         """
-        path = self._path(name)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        replace_file(path, data, expected=expected)
+        if not is_public(name):
+            raise ValueError(f"{name} is sealed, and sealed objects are never replaced")
+        self.files.replace(name, data, expected=expected)
 
     def get(self, name: str) -> bytes:
-        """The object's bytes, read into memory: a mapped file would outlive its deletion (rule 24).
+        """The object's bytes, in memory only (rule 24).
 
         Raises:
-            ArtifactMissingError: no such object.
+            ArtifactMissingError: no such object, or its key is gone.
+            ArtifactDigestError: it is damaged, or another one lies in its place.
+            FileKeysError: the key store is not there.
         """
         try:
-            return self._path(name).read_bytes()
+            data = self.files.get(name)
         except FileNotFoundError:
             raise ArtifactMissingError(name) from None
+        if is_public(name):
+            return data
+        key = self._keys.get(name)
+        if key is None:
+            raise ArtifactMissingError(f"{name}: its key was destroyed or lost, so nobody can read it")
+        return unseal(key, name, data)
 
     def delete(self, name: str) -> None:
-        """Remove the object; one that is already gone is a success. What an interrupted `put` of it left goes, too."""
-        path = self._path(name)
-        path.unlink(missing_ok=True)
-        if path.parent.is_dir():
-            for left in path.parent.glob(f".{path.name}.*.part"):
-                left.unlink(missing_ok=True)
-            _fsync(path.parent)
+        """Destroy the object's key, which makes copies unreadable, then the object; what is gone is a success."""
+        if not is_public(name):
+            self._keys.destroy(name)
+        self.files.delete(name)
 
     def exists(self, name: str) -> bool:
-        """Whether the object is there now."""
-        return self._path(name).exists()
+        """Whether the object or its key is there now."""
+        return self.files.exists(name) or (not is_public(name) and self._keys.exists(name))
+
+    def opens(self, name: str) -> bool:
+        """Whether the object's key is there, or it needs none."""
+        return is_public(name) or self._keys.exists(name)
 
     def names(self, *, older_than: float) -> list[str]:
         """Every object, unfinished writes included, last touched more than `older_than` seconds ago."""
-        limit = time.time() - older_than
-        found: list[str] = []
-        for path in self.root.rglob("*"):
-            with suppress(FileNotFoundError):  # what goes while it is looked at, such as partial tiles, is gone
-                if path.is_file() and path.stat().st_mtime < limit:
-                    found.append(str(path.relative_to(self.root)))
-        return sorted(found)
+        return [name for name in self.files.names(older_than=older_than) if name != KEY_STORE]
 
     def names_below(self, prefix: str) -> list[str]:
         """Every finished object whose name begins with a directory."""
-        files = (path for path in self._path(prefix).rglob("*") if path.is_file() and not path.name.startswith("."))
-        return sorted(str(path.relative_to(self.root)) for path in files)
+        return self.files.names_below(prefix)
 
-    def _path(self, name: str) -> Path:
-        path = (self.root / name).resolve()
-        if not path.is_relative_to(self.root.resolve()):
-            raise ValueError("an object name may not leave the store")
-        return path
+    def destroy_stray_keys(self, known: Collection[str], *, older_than: float) -> int:
+        """Destroy keys older than that which belong to no known name and no object; returns how many."""
+        return self._keys.destroy_others({*known, *self.files.names(older_than=-60)}, older_than=older_than)
 
-
-def replace_file(path: Path, data: bytes, *, expected: bytes | None) -> None:
-    """Put `data` in the place of `expected` (None: of nothing) in one step, whole or not at all.
-
-    Raises:
-        FileExistsError: something else lies there.
-    """
-    aside = path.with_name(f".{path.name}.{uuid4().hex}.part")
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
-        if (path.read_bytes() if path.exists() else None) != expected:
-            raise FileExistsError(f"{path.name} was replaced by another writer")
-        with aside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-        aside.unlink(missing_ok=True)
+    def _pair(self) -> None:
+        """Bind an artefact store to the key store that it was first opened with."""
+        with suppress(FileNotFoundError):
+            bound = self.files.get(KEY_STORE).decode("ascii")
+            if bound != self._keys.mark:
+                raise FileKeysError(
+                    f"{self._keys.root} does not hold the keys of this artefact store: mount or restore the right key"
+                    " store, and check EXPUNGE_FILE_KEYS_URL; every object would look lost"
+                )
+            return
+        with suppress(FileExistsError):  # another program was first
+            self.files.put(KEY_STORE, self._keys.begin().encode())
 
 
-def open_artifacts(url: str) -> LocalArtifacts:
-    """The store that a `file:///directory` URL names.
+def is_public(name: str) -> bool:
+    """Whether an object is one that the ledger publishes: tiles, entries, checkpoint. All others are sealed."""
+    return name == KEY_STORE or (name.startswith(LEDGER) and not name.startswith(OPENINGS))
+
+
+def open_artifacts(url: str, file_keys_url: str) -> Artifacts:
+    """The store that a `file:///directory` or `s3://bucket/prefix` URL names, with its keys.
 
     Raises:
         ValueError: another scheme.
+        FileKeysError: the key store is not there, is another store's, or is open to others.
+        BucketError: the bucket keeps old versions, and nobody said for how long.
     """
     parsed = urlparse(url)
+    if parsed.scheme == "s3" and parsed.netloc:
+        from service.store.bucket import Bucket  # noqa: PLC0415 - few installations have one
+
+        return Artifacts(Bucket(url), open_file_keys(file_keys_url))
     if parsed.scheme != "file" or not parsed.path:
-        raise ValueError(f"EXPUNGE_ARTIFACT_URL must be file:///directory, not {parsed.scheme or 'empty'}")
-    return LocalArtifacts(Path(unquote(parsed.path)))
-
-
-def _fsync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise ValueError(
+            f"EXPUNGE_ARTIFACT_URL must be file:///directory or s3://bucket/prefix, not {parsed.scheme or 'empty'}"
+        )
+    return Artifacts(Directory(Path(unquote(parsed.path))), open_file_keys(file_keys_url))

@@ -42,7 +42,28 @@ SELECT NOT EXISTS (
     SELECT FROM lease
     WHERE model_id = %(model_id)s::bigint AND ended_at IS NULL AND freed < %(version)s::bigint)
 """
-STARTED: LiteralString = "SELECT pg_postmaster_start_time()"
+SERVER: LiteralString = """
+SELECT s.system_identifier, substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8) AS timeline,
+       pg_postmaster_start_time() AS started, c.checkpoint_lsn::text AS checkpoint
+FROM pg_control_system() s, pg_control_checkpoint() c
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Which Postgres answers: what rule 10 calls another one differs in one of the first three."""
+
+    system_identifier: int
+    timeline: str
+    started: datetime
+    checkpoint: str
+    """Where the last checkpoint lies: it also moves when the server recovers from a crash of one of its processes,
+    which ends no postmaster but may lose heartbeats, that are committed asynchronously (rule 12)."""
+
+    def is_another_than(self, other: "Server") -> bool:
+        """Restarted, failed over or restored since."""
+        mine, theirs = ((each.system_identifier, each.timeline, each.started) for each in (self, other))
+        return mine != theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +94,24 @@ class Declared:
     fenced: int
 
 
-def look(connection: Connection) -> tuple[datetime, list[Waiting], list[LeaseRow]]:
-    """Postmaster's start, models to do something for, and processes that have not ended; one round trip."""
+def look(connection: Connection) -> tuple[Server, list[Waiting], list[LeaseRow]]:
+    """The server, models to do something for, and processes that have not ended; one round trip."""
     with (
         connection.pipeline(),
-        connection.cursor() as first,
+        connection.cursor(row_factory=class_row(Server)) as first,
         connection.cursor(row_factory=class_row(Waiting)) as second,
         connection.cursor(row_factory=class_row(LeaseRow)) as third,
     ):
-        first.execute(STARTED)
+        first.execute(SERVER)
         second.execute(LIST_WAITING)
         third.execute(LIST_LEASES)
-        return first.fetchall()[0][0], second.fetchall(), third.fetchall()
+        return first.fetchall()[0], second.fetchall(), third.fetchall()
+
+
+def is_still(connection: Connection, server: Server) -> bool:
+    """Whether nothing that `look` has seen on `server` can have been lost since (rules 10 and 12)."""
+    with connection.cursor(row_factory=class_row(Server)) as cursor:
+        return cursor.execute(SERVER).fetchall() == [server]
 
 
 def all_freed(connection: Connection, model_id: int, version: int) -> bool:

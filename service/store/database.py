@@ -18,8 +18,12 @@ Connection = psycopg.Connection[TupleRow]
 Pool = ConnectionPool[Connection]
 T = TypeVar("T")
 
-# jit: compiling a plan takes longer than any query here.
-GUARDS = "-c lock_timeout=2000 -c idle_in_transaction_session_timeout=5000 -c timezone=UTC -c jit=off"
+# jit: compiling a plan takes longer than any query here. synchronous_commit: what was told must stand (protocol.md,
+# rules 3 and 12), whatever the database's own default; a heartbeat alone turns it off.
+GUARDS = (
+    "-c lock_timeout=2000 -c idle_in_transaction_session_timeout=5000 -c synchronous_commit=on "
+    "-c timezone=UTC -c jit=off"
+)
 KEEPALIVE: dict[str, Any] = {
     "keepalives_idle": 5,
     "keepalives_interval": 2,
@@ -29,6 +33,17 @@ KEEPALIVE: dict[str, Any] = {
 RETRYABLE = (errors.DeadlockDetected, errors.SerializationFailure, errors.LockNotAvailable)
 ATTEMPTS = 3
 NOW: LiteralString = "SELECT clock_timestamp()"
+SHUT = {
+    "57Q01": "the installation is in quarantine, since its stores are not of one moment: nothing is taken in or served"
+    " before the operator has run `expunge restore` (docs/restore.md)",
+    "57Q02": "Postgres was started or put back and is being compared with the ledger: try again in a moment; if it"
+    " lasts, see that `workers.loops` runs (docs/restore.md)",
+}
+"""What the triggers of revision 0013 raise: by SQLSTATE."""
+
+
+class QuarantineError(UnavailableError):
+    """The database may do nothing: it was not compared with the ledger's files, or is older than they are."""
 
 
 def connect(url: str, *, autocommit: bool = False) -> Connection:
@@ -43,20 +58,20 @@ def connect(url: str, *, autocommit: bool = False) -> Connection:
         raise UnavailableError("Postgres does not answer; check EXPUNGE_DATABASE_URL and that it runs") from error
 
 
-def make_pool(url: str, *, size: int, checked: bool = True) -> Pool:
+def make_pool(url: str, *, size: int, checked: bool = True, options: str = "") -> Pool:
     """A closed pool of `size` connections; open it after any fork. A caller waits 2 s for one, then gets 503.
 
     `checked` connections are tried before each use, so that a restart of Postgres costs callers nothing; where a
-    failed step is simply rung again, the round trip is saved.
+    failed step is simply rung again, the round trip is saved. `options` are libpq's, beside the project's guards.
     """
-    options: dict[str, Any] = {"options": GUARDS, "connect_timeout": 5, **KEEPALIVE}
+    arguments: dict[str, Any] = {"options": f"{GUARDS} {options}", "connect_timeout": 5, **KEEPALIVE}
     return ConnectionPool(
         url,
         min_size=1,
         max_size=size,
         open=False,
         timeout=2.0,
-        kwargs=options,
+        kwargs=arguments,
         check=ConnectionPool.check_connection if checked else None,
     )
 
@@ -68,6 +83,7 @@ def transaction(pool: Pool) -> Generator[Connection]:
     Raises:
         UnavailableError: no connection within the pool's timeout, or the connection broke. A broken COMMIT may have
             taken effect: never run the block again blindly (protocol.md section 4).
+        QuarantineError: nothing may be changed before the operator has restored.
     """
     try:
         with pool.connection() as connection:
@@ -75,6 +91,8 @@ def transaction(pool: Pool) -> Generator[Connection]:
     except (PoolTimeout, psycopg.OperationalError) as error:
         if isinstance(error, RETRYABLE):
             raise
+        if error.sqlstate in SHUT:
+            raise QuarantineError(SHUT[error.sqlstate]) from error
         raise UnavailableError(
             "Postgres does not answer; nothing was changed, or the change stands: read it again"
         ) from error

@@ -7,6 +7,7 @@ from uuid import UUID
 from psycopg import errors
 from psycopg.rows import scalar_row
 
+from service.domain.answers import Answers
 from service.domain.errors import ConflictError
 from service.store import models, targets
 from service.store.database import Connection
@@ -40,6 +41,7 @@ def declare_model(
     erase_after: timedelta,
     policy: Policy = models.NOW,
     min_shards: int = 1,
+    answers: Answers = Answers.PROBABILITIES,
 ) -> Model:
     """Create a model with nothing trained.
 
@@ -59,6 +61,7 @@ def declare_model(
             erase_after=erase_after,
             policy=policy,
             min_shards=min_shards,
+            answers=answers,
         )
     except errors.UniqueViolation as error:
         if "recipe" in (error.diag.constraint_name or ""):

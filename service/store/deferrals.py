@@ -77,7 +77,7 @@ JOIN tombstone t ON t.cell_id = sc.cell_id AND t.lifted_at IS NULL
      AND """
     + HOLDS
     + """
-WHERE s.stage_key = ANY(%(stage_keys)s::text[])
+WHERE s.stage_key = ANY(%(stage_keys)b::text[])
   AND NOT EXISTS (SELECT FROM deferral d WHERE d.model_id = %(model_id)s::bigint AND d.record_id = t.record_id)
 """
 )

@@ -14,20 +14,22 @@ LIST_UNDRAWN: LiteralString = """
 SELECT m.model_id FROM model m
 WHERE m.version > 0
   AND NOT EXISTS (SELECT FROM replay r WHERE r.model_id = m.model_id AND r.drawn_on = current_date
+                    AND r.challenge_id IS NULL
                     AND (r.attempts > 0 OR r.outcome IS NULL))  -- without an attempt: noted by a training
 ORDER BY m.model_id
 """
 TODAY: LiteralString = "SELECT current_date"
 IS_DRAWN: LiteralString = """
 SELECT FROM replay
-WHERE model_id = %(model_id)s::bigint AND drawn_on = current_date AND (attempts > 0 OR outcome IS NULL)
+WHERE model_id = %(model_id)s::bigint AND drawn_on = current_date AND challenge_id IS NULL
+  AND (attempts > 0 OR outcome IS NULL)
 LIMIT 1
 """
 INSERT: LiteralString = """
 INSERT INTO replay (model_id, stage_key, digest, fingerprint, made_by, drawn_on)
 VALUES (%(model_id)s::bigint, %(stage_key)s::text, %(digest)s::text, %(fingerprint)s::text, %(made_by)s::text,
         current_date)
-ON CONFLICT (model_id, drawn_on, stage_key) DO NOTHING
+ON CONFLICT (model_id, drawn_on, stage_key) WHERE challenge_id IS NULL DO NOTHING
 """
 
 

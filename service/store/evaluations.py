@@ -13,7 +13,7 @@ import safetensors.numpy
 from psycopg.rows import class_row
 
 from service.store import cells, fits
-from service.store.artifacts import ArtifactMissingError, LocalArtifacts
+from service.store.artifacts import ArtifactMissingError, Artifacts
 from service.store.database import Connection
 from service.store.models import Model
 from shards.assembly import Assembly
@@ -109,7 +109,7 @@ def find_answers(connection: Connection, model: Model, assembly: Assembly) -> An
     return Answers(root, tuple(names.get(key) for key in digests))
 
 
-def measure(artifacts: LocalArtifacts, answers: Answers) -> Accuracy:
+def measure(artifacts: Artifacts, answers: Answers) -> Accuracy:
     """Share of the evaluation set that the assembly answers correctly, from its stages' stored logits: what the mean of
     the served logits gives, to the bit.
     """
@@ -141,7 +141,7 @@ def _unmeasured(model: Model) -> str | None:
     return None
 
 
-def _read(artifacts: LocalArtifacts, names: Sequence[str | None]) -> list[Evaluation] | None:
+def _read(artifacts: Artifacts, names: Sequence[str | None]) -> list[Evaluation] | None:
     try:
         return [decode(artifacts.get(name)) for name in names if name] if all(names) else None
     except ArtifactMissingError:

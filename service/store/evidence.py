@@ -7,13 +7,13 @@ from typing import Any, LiteralString
 from uuid import UUID
 
 from psycopg.rows import class_row, scalar_row
-from psycopg.types.json import Jsonb
 
 from service.domain.requests import Kind, Outcome, State
 from service.evidence.events import EventKind
-from service.evidence.rows import CellRow, Evidence, ObjectRow, RecordRow, TimeRow
-from service.store import events, exports, models, processes, stages, targets
+from service.evidence.rows import CellRow, Evidence, ObjectRow, PlatformRow, ReplayRow, TimeRow
+from service.store import events, exports, manifests, models, processes, stages, told
 from service.store.database import Connection
+from service.store.told import About
 from shards import plan
 from shards.assembly import Assembly
 from shards.stages import CellRoot, Stage
@@ -32,13 +32,6 @@ SELECT t.state
 FROM request_target t JOIN deletion_request r ON r.request_id = t.request_id
 WHERE t.request_id = %(request_id)s::uuid AND t.model_id = %(model_id)s::bigint
   AND (t.state = 'erasing' AND t.erased_at IS NOT NULL OR t.state = 'deactivated' AND r.kind <> 'erase')
-"""
-LIST_RECORDS: LiteralString = """
-SELECT t.record_id, t.commitment
-FROM deletion_request_record q JOIN tombstone t ON t.record_id = q.record_id
-WHERE q.request_id = %(request_id)s::uuid AND t.dataset_id = %(dataset_id)s::uuid
-  AND (%(outcome)s::deletion_outcome = 'erased' OR t.erased_at IS NULL)  -- restricted, then erased for another request
-ORDER BY t.record_id
 """
 LIST_TOUCHED: LiteralString = """
 SELECT DISTINCT c.shard, c.slice, m.root
@@ -85,22 +78,17 @@ WHERE q.request_id = %(request_id)s::uuid AND t.dataset_id = %(dataset_id)s::uui
 ORDER BY a.object_name
 """
 LIST_PLATFORMS: LiteralString = """
-SELECT DISTINCT a.fingerprint FROM artifact a
-WHERE a.stage_key = ANY(%(stage_keys)s::text[]) AND a.digest = ANY(%(digests)s::text[]) AND a.fingerprint IS NOT NULL
-ORDER BY a.fingerprint
+SELECT a.fingerprint, p.body AS fields, array_agg(DISTINCT a.stage_key) AS stages
+FROM artifact a JOIN platform p USING (fingerprint)
+WHERE a.stage_key = ANY(%(stage_keys)s::text[]) AND a.digest = ANY(%(digests)s::text[])
+GROUP BY a.fingerprint, p.body
 """
-INSERT_CERTIFICATE: LiteralString = """
-INSERT INTO certificate (request_id, model_id, envelope, digest, issued_at)
-VALUES (%(request_id)s::uuid, %(model_id)s::bigint, %(envelope)s::jsonb, %(digest)s::text, %(issued_at)s::timestamptz)
-ON CONFLICT DO NOTHING
-RETURNING digest
-"""
-MARK_COMPLETED: LiteralString = """
-UPDATE request_target
-SET state = 'completed', outcome = %(outcome)s::deletion_outcome, completed_at = clock_timestamp(), error = NULL
-WHERE request_id = %(request_id)s::uuid AND model_id = %(model_id)s::bigint
-  AND state = CASE %(outcome)s::deletion_outcome WHEN 'erased' THEN 'erasing' ELSE 'deactivated' END::deletion_state
-RETURNING request_id
+LIST_REPLAYS: LiteralString = """
+SELECT DISTINCT ON (r.stage_key) r.stage_key AS stage, r.digest, r.outcome::text, r.ended_at AS at, r.platform
+FROM replay r
+WHERE r.stage_key = ANY(%(stage_keys)s::text[]) AND r.digest = ANY(%(digests)s::text[]) AND r.outcome IS NOT NULL
+  AND r.released_at IS NULL
+ORDER BY r.stage_key, r.replay_id DESC
 """
 
 
@@ -126,8 +114,24 @@ def find_state(connection: Connection, request_id: UUID, model_id: int) -> State
     return State(found) if found else None
 
 
-def get_evidence(connection: Connection, request_id: UUID, model_id: int) -> Evidence | None:
+def list_objects(connection: Connection, request_id: UUID, model_id: int) -> list[str]:
+    """Names of the destroyed objects that an erased target's certificate lists."""
+    at: dict[str, Any] = {"request_id": request_id, "model_id": model_id}
+    with connection.cursor(row_factory=class_row(_Request)) as cursor:
+        request = cursor.execute(GET_REQUEST, at).fetchone()
+    if request is None or request.kind != Kind.ERASE:
+        return []
+    at["dataset_id"] = models.get_model_by_id(connection, model_id).dataset_id
+    stage_objects = _objects(connection, LIST_OBJECTS, {"stage_keys": request.plan["stages"]})
+    return [row.object_name for row in (*stage_objects, *_objects(connection, LIST_PAYLOADS, at))]
+
+
+def get_evidence(
+    connection: Connection, request_id: UUID, model_id: int, *, checkpoint: str, key_backup_days: int | None
+) -> Evidence | None:
     """Evidence of an erased or restricted target, issued now by the database's clock; None when it is neither yet.
+
+    None, too, while an event that it rests on is not under the published tree head `checkpoint` (rule 17).
 
     Raises:
         EvidenceError: a process that ran is unaccounted for.
@@ -137,7 +141,6 @@ def get_evidence(connection: Connection, request_id: UUID, model_id: int) -> Evi
         request = cursor.execute(GET_REQUEST, at).fetchone()
     if request is None:
         return None
-    issued_at = request.issued_at
     model = models.get_model_by_id(connection, model_id)
     recipe = model.parsed_recipe
     outcome = (Outcome.ERASED if request.kind == Kind.ERASE else Outcome.RESTRICTED).value
@@ -147,12 +150,27 @@ def get_evidence(connection: Connection, request_id: UUID, model_id: int) -> Evi
     assembly = (
         Assembly.from_json(after.body) if after else Assembly(model.recipe_digest, (None,) * recipe.seats, recipe.rule)
     )
-    served = _with_ancestors(connection, assembly, model.recipe_digest)
+    served = with_ancestors(connection, assembly, model.recipe_digest)
     touched: tuple[CellRoot, ...] = _rows(connection, CellRoot, LIST_TOUCHED, at)
     tainted = stages.list_by_key(connection, request.plan["stages"], model.recipe_digest)
     erased = outcome == Outcome.ERASED
     if not erased:  # nor those of records that were erased for another request since
         tainted = {key: tainted[key] for key in plan.tainted(tainted.values(), frozenset(touched))}
+    tainted_objects = _objects(connection, LIST_OBJECTS, {"stage_keys": list(tainted)})
+    payloads = _objects(connection, LIST_PAYLOADS, at) if erased else ()
+    replicas, event_ids = processes.list_replicas(
+        connection, model_id, version=request.version, since=request.created_at, until=request.deactivated_at
+    )
+    about = About(
+        request_id=request_id,
+        model_id=model_id,
+        version=request.version,
+        event_ids=event_ids,
+        destroyed=[row.object_name for row in (*tainted_objects, *payloads)] if erased else [],
+    )
+    ledger = told.find_ledger(connection, about, checkpoint)
+    if ledger is None:
+        return None
     return Evidence(
         request_id=request_id,
         kind=request.kind,
@@ -174,40 +192,26 @@ def get_evidence(connection: Connection, request_id: UUID, model_id: int) -> Evi
         assembly_after=assembly.to_json(),
         served_stages=tuple(served.values()),
         tainted_stages=tuple(tainted.values()),
-        tainted_objects=_objects(connection, LIST_OBJECTS, {"stage_keys": list(tainted)}),
+        tainted_objects=tainted_objects,
         touched=touched,
         cells=_rows(connection, CellRow, LIST_CELLS, at) if erased else (),
-        records=_rows(connection, RecordRow, LIST_RECORDS, at),
-        payloads=_objects(connection, LIST_PAYLOADS, at) if erased else (),
-        times=_times(connection, request, model_id, issued_at),
-        replicas=processes.list_replicas(
-            connection, model_id, version=request.version, since=request.created_at, until=request.deactivated_at
-        ),
-        platforms=_platforms(connection, served, assembly),
-        open_items=tuple(exports.open_items(connection, model_id, request_id)),
+        records=manifests.list_records(connection, request_id, model.dataset_id, outcome),
+        manifests=manifests.list_manifests(connection, request_id, model.dataset_id, outcome, {*served, *tainted}),
+        payloads=payloads,
+        times=_times(connection, request, model_id),
+        replicas=replicas,
+        platforms=platforms(connection, served, assembly),
+        replays=_of_served(connection, ReplayRow, LIST_REPLAYS, served, assembly),
+        exports=tuple(exports.open_items(connection, model_id, request_id)),
+        ledger=ledger,
+        key_backup_days=key_backup_days,
         tool_version=TOOL_VERSION,
-        issued_at=issued_at,
+        issued_at=request.issued_at,
     )
 
 
-def insert_certificate(
-    connection: Connection, evidence: Evidence, model_id: int, envelope: dict[str, Any], digest: str
-) -> bool:
-    """Store the certificate and complete its target; False when another worker has done it, or it was withdrawn."""
-    values: dict[str, Any] = {"request_id": evidence.request_id, "model_id": model_id}
-    if connection.execute(MARK_COMPLETED, {**values, "outcome": evidence.outcome}).fetchone() is None:
-        return False
-    connection.execute(
-        INSERT_CERTIFICATE,
-        {**values, "envelope": Jsonb(envelope), "digest": digest, "issued_at": evidence.issued_at},
-    )
-    targets.refresh_requests(connection, [evidence.request_id])
-    events.append(connection, EventKind.CERTIFICATE_ISSUED, digest=digest, **values)
-    events.append(connection, EventKind.TARGET_COMPLETED, outcome=evidence.outcome, **values)
-    return True
-
-
-def _with_ancestors(connection: Connection, assembly: Assembly, recipe: str) -> dict[str, Stage]:
+def with_ancestors(connection: Connection, assembly: Assembly, recipe: str) -> dict[str, Stage]:
+    """Every stage that an assembly stands on, by key."""
     found: dict[str, Stage] = {}
     wanted = {member.stage for member in assembly.members if member}
     while wanted:
@@ -225,20 +229,26 @@ def _objects(connection: Connection, query: LiteralString, values: dict[str, Any
     return _rows(connection, ObjectRow, query, values)
 
 
-def _times(connection: Connection, request: _Request, model_id: int, issued_at: datetime) -> tuple[TimeRow, ...]:
+def _times(connection: Connection, request: _Request, model_id: int) -> tuple[TimeRow, ...]:
     """When the target first entered each state, from the events; the certificate itself makes it `completed`."""
     first: dict[str, datetime] = {"received": request.created_at}
     for event in events.list_of_request(connection, request.request_id):
         noun, _, state = event.kind.partition(".")
-        if noun == "target" and event.model_id == model_id and state in {"deactivating", "deactivated", "erasing"}:
+        if event.kind == EventKind.REQUEST_RECEIVED:
+            first["received"] = event.created_at
+        elif noun == "target" and event.model_id == model_id and state in {"deactivating", "deactivated", "erasing"}:
             first.setdefault(state, event.created_at)
-    first["completed"] = issued_at
+    first["completed"] = request.issued_at
     return tuple(TimeRow(state=state, at=at) for state, at in first.items())
 
 
-def _platforms(connection: Connection, served: dict[str, Stage], assembly: Assembly) -> tuple[str, ...]:
+def platforms(connection: Connection, served: dict[str, Stage], assembly: Assembly) -> tuple[PlatformRow, ...]:
+    """The platforms on which the artefacts of an assembly were trained, each with its stages."""
+    return _of_served(connection, PlatformRow, LIST_PLATFORMS, served, assembly)
+
+
+def _of_served(
+    connection: Connection, kind: type[Any], query: LiteralString, served: dict[str, Stage], assembly: Assembly
+) -> tuple[Any, ...]:
     digests = sorted({digest for member in assembly.members if member for digest in member.artifacts})
-    with connection.cursor() as cursor:
-        return tuple(
-            str(row[0]) for row in cursor.execute(LIST_PLATFORMS, {"stage_keys": list(served), "digests": digests})
-        )
+    return _rows(connection, kind, query, {"stage_keys": list(served), "digests": digests})

@@ -10,7 +10,7 @@ from psycopg.rows import class_row
 from service.domain.errors import ConflictError, NotFoundError
 from service.evidence.events import EventKind
 from service.store import events, models, stages
-from service.store.artifacts import ArtifactMissingError, LocalArtifacts
+from service.store.artifacts import ArtifactMissingError, Artifacts
 from service.store.database import Connection
 from service.store.models import Model
 from service.store.stages import HOLDS, TAINTED_CELL
@@ -141,7 +141,7 @@ def get_served(connection: Connection, name: str) -> Served:
     return Served(model, version.version, assembly, objects)
 
 
-def merge_served(artifacts: LocalArtifacts, served: Served) -> Files:
+def merge_served(artifacts: Artifacts, served: Served) -> Files:
     """A served assembly as one adapter. Takes seconds for large models: never inside a transaction.
 
     Raises:
@@ -227,11 +227,11 @@ def mark_withdrawn(connection: Connection, export_id: UUID, *, actor: str) -> No
 
 
 def open_items(connection: Connection, model_id: int, request_id: UUID) -> list[tuple[str, str]]:
-    """What a certificate has to leave open: exports that learnt the request's records, not known to be withdrawn."""
+    """Exports that learnt the request's records and are not known to be withdrawn: id and description."""
     values = {"model_id": model_id, "request_id": request_id}
     with connection.cursor(row_factory=class_row(_OpenRow)) as cursor:
         rows = cursor.execute(LIST_OPEN, values).fetchall()
-    return [("export_not_withdrawn", _open_item(row)) for row in rows]
+    return [(str(row.export_id), _open_item(row)) for row in rows]
 
 
 def _open_item(row: _OpenRow) -> str:
@@ -239,7 +239,7 @@ def _open_item(row: _OpenRow) -> str:
     return f"{handed}: it holds a tainted stage, and the recipient has to destroy it"
 
 
-def _verified(artifacts: LocalArtifacts, objects: dict[str, str], digest: str) -> bytes:
+def _verified(artifacts: Artifacts, objects: dict[str, str], digest: str) -> bytes:
     if digest not in objects:
         raise ConflictError("a served stage has just gone out of service: try again")
     try:

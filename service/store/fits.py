@@ -14,7 +14,7 @@ import numpy.typing as npt
 import safetensors.numpy
 
 from service.store import objects
-from service.store.artifacts import ArtifactMissingError, LocalArtifacts
+from service.store.artifacts import ArtifactMissingError, Artifacts
 from service.store.database import Connection
 from shards.assembly import Member
 from shards.digest import sha256_hex
@@ -70,7 +70,7 @@ def find_fit(connection: Connection, members: Sequence[Member]) -> Fit:
     return Fit(evaluated, tuple((member.artifacts[-1], names.get(member.artifacts[-1])) for member in members))
 
 
-def share(artifacts: LocalArtifacts, fit: Fit, root: str) -> float | None:
+def share(artifacts: Artifacts, fit: Fit, root: str) -> float | None:
     """Share of the evaluation set `root` that the cells answer correctly; the sums are let go at once.
 
     None where no cell was evaluated on that content, or the sums of one are not at hand or cannot be solved.
@@ -89,7 +89,7 @@ def share(artifacts: LocalArtifacts, fit: Fit, root: str) -> float | None:
     return float((given.argmax(axis=1) == questions.labels).mean())
 
 
-def _questions(artifacts: LocalArtifacts, object_names: Sequence[str], root: str) -> Questions | None:
+def _questions(artifacts: Artifacts, object_names: Sequence[str], root: str) -> Questions | None:
     """The first evaluation that is there and is of that content."""
     for name in object_names:
         try:
@@ -101,7 +101,7 @@ def _questions(artifacts: LocalArtifacts, object_names: Sequence[str], root: str
     return None
 
 
-def _sums(artifacts: LocalArtifacts, digest: str, object_name: str | None) -> Sums:
+def _sums(artifacts: Artifacts, digest: str, object_name: str | None) -> Sums:
     data = artifacts.get(object_name) if object_name else b""
     if sha256_hex(data) != digest:
         raise ArtifactMissingError(digest)  # other bytes are as good as none

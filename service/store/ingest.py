@@ -15,7 +15,7 @@ from psycopg import errors
 from service.domain.errors import InvalidInputError, UnavailableError
 from service.evidence.events import EventKind
 from service.store import cells, events, objects, payloads, priors, records, subjects
-from service.store.artifacts import ArtifactMissingError, LocalArtifacts
+from service.store.artifacts import ArtifactMissingError, Artifacts
 from service.store.cells import Cell
 from service.store.database import Connection, Pool, retrying, transaction
 from service.store.datasets import Dataset
@@ -89,9 +89,7 @@ class _ChangedError(Exception):
     """Something that the draft was built on has changed."""
 
 
-def ingest(
-    pool: Pool, artifacts: LocalArtifacts, partition_key: bytes, dataset: Dataset, lines: Sequence[Line]
-) -> Ingested:
+def ingest(pool: Pool, artifacts: Artifacts, partition_key: bytes, dataset: Dataset, lines: Sequence[Line]) -> Ingested:
     """Take the lines into the dataset.
 
     Raises:
@@ -183,7 +181,7 @@ def _check(connection: Connection, dataset: Dataset, who: dict[Alias, UUID], kep
             )
 
 
-def _write(pool: Pool, artifacts: LocalArtifacts, part: _Part, erased: set[UUID]) -> None:
+def _write(pool: Pool, artifacts: Artifacts, part: _Part, erased: set[UUID]) -> None:
     """Build and store the cell's next object. Sealed rows stay in it, the manifest leaves them out."""
     old = payloads.decode(artifacts.get(part.cell.object_name)) if part.cell.object_name else []
     kept = [stored for stored in old if stored.record.record_id not in erased]

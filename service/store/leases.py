@@ -4,8 +4,8 @@ The decision to grant is made here, under a lock on the model's row; what a proc
 `service.serving.fence`.
 """
 
-from dataclasses import dataclass
-from typing import Any, LiteralString
+from dataclasses import dataclass, replace
+from typing import Any, LiteralString, Self
 from uuid import UUID
 
 from psycopg.rows import class_row
@@ -16,11 +16,19 @@ from service.store import events
 from service.store.database import Connection
 from service.store.stages import HOLDS
 
-SHARE_MODEL: LiteralString = "SELECT version, floor FROM model WHERE model_id = %(model_id)s::bigint FOR SHARE"
-# A heartbeat need not wait for its fsync (rule 12); `true` ends the setting with the transaction, poolers included.
+# A process that is paused between two statements must not hold the lock on, for then nobody could publish.
+SHARE_MODEL: LiteralString = """
+SELECT m.version, m.floor
+FROM model m, set_config('idle_in_transaction_session_timeout', (%(ttl_ms)s::int / 2)::text, true)
+WHERE m.model_id = %(model_id)s::bigint
+FOR SHARE OF m
+"""
+# A heartbeat need not wait for its fsync (rule 12); `true` ends the settings with the transaction, poolers included.
 SHARE_MODEL_ASYNC: LiteralString = """
 SELECT m.version, m.floor
-FROM model m, set_config('synchronous_commit', 'off', true)
+FROM model m, set_config('synchronous_commit', 'off', true) durability,
+     set_config('idle_in_transaction_session_timeout',
+                (SELECT (l.ttl_ms / 2)::text FROM lease l WHERE l.process_id = %(process_id)s::uuid), true) patience
 WHERE m.model_id = %(model_id)s::bigint
 FOR SHARE OF m
 """
@@ -58,10 +66,14 @@ UPDATE lease SET freed_at = clock_timestamp()
 WHERE process_id = %(process_id)s::uuid AND freed_at IS NULL
 """
 GET_TARGET: LiteralString = """
-SELECT m.version, m.floor, m.recipe, v.assembly, a.body, m.min_shards
+SELECT m.version, m.floor, m.recipe, v.assembly, a.body, m.min_shards, m.answers,
+       m.stable, w.assembly AS stable_assembly, b.body AS stable_body,
+       coalesce((m.canary ->> 'share')::int, 0) AS share
 FROM model m
 LEFT JOIN model_version v ON v.model_id = m.model_id AND v.version = m.version
 LEFT JOIN assembly a ON a.digest = v.assembly
+LEFT JOIN model_version w ON w.model_id = m.model_id AND w.version = m.stable
+LEFT JOIN assembly b ON b.digest = w.assembly
 WHERE m.model_id = %(model_id)s::bigint
 """
 LIST_CLEAN_ARTIFACTS: LiteralString = (
@@ -104,6 +116,21 @@ class Target:
     body: dict[str, Any] | None
     min_shards: int
     """With fewer live shards nothing is to be answered."""
+    answers: str
+    """How much answers tell: one of `service.domain.answers.Answers`."""
+    stable: int | None = None
+    """While `version` is a canary: the version that answers the rest of the requests."""
+    stable_assembly: str | None = None
+    stable_body: dict[str, Any] | None = None
+    share: int = 0
+    """Per cent of the requests that a canary gets."""
+
+    def steps(self) -> list[Self]:
+        """The versions to serve, each as a target of its own: the stable one first where there is a canary."""
+        if self.stable is None:
+            return [self]
+        stable = replace(self, version=self.stable, assembly=self.stable_assembly, body=self.stable_body)
+        return [stable, self]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +169,7 @@ def register(
     Commit it synchronously. A call repeated after a broken commit finds its own row and changes nothing; if the row
     was ended meanwhile, the first heartbeat says so.
     """
-    bounds = _bounds(connection, SHARE_MODEL, model_id)
+    bounds = _bounds(connection, SHARE_MODEL, {"model_id": model_id, "ttl_ms": ttl_ms})
     if covers < bounds.floor:
         return Beat(bounds.version, bounds.floor, granted=False)
     values = {
@@ -169,7 +196,7 @@ def beat(connection: Connection, *, process_id: UUID, model_id: int, covers: int
 
     A risen `covers` is an acknowledgement: it rings the barrier and is recorded. A refusal changes nothing.
     """
-    bounds = _bounds(connection, SHARE_MODEL_ASYNC, model_id)
+    bounds = _bounds(connection, SHARE_MODEL_ASYNC, {"model_id": model_id, "process_id": process_id})
     if covers < bounds.floor:
         is_open = connection.execute(IS_OPEN, {"process_id": process_id}).fetchone() is not None
         return Beat(bounds.version, bounds.floor, granted=False, ended=not is_open)
@@ -235,9 +262,9 @@ def list_clean_artifacts(connection: Connection, model_id: int) -> list[StageObj
         return cursor.execute(LIST_CLEAN_ARTIFACTS, {"model_id": model_id}).fetchall()
 
 
-def _bounds(connection: Connection, query: LiteralString, model_id: int) -> _Bounds:
+def _bounds(connection: Connection, query: LiteralString, values: dict[str, Any]) -> _Bounds:
     with connection.cursor(row_factory=class_row(_Bounds)) as cursor:
-        found = cursor.execute(query, {"model_id": model_id}).fetchone()
+        found = cursor.execute(query, values).fetchone()
     if found is None:
         raise NotFoundError("there is no model with that id")
     return found

@@ -18,10 +18,6 @@ from service.store.database import Connection
 BATCH = 2000
 """Events of one transaction (rule 14)."""
 
-FIND_WAITING: LiteralString = """
-SELECT pg_postmaster_start_time()::text || ' ' || 'ledger_head'::regclass::oid::text
-FROM ledger_queue ORDER BY id LIMIT 1
-"""
 LOCK_HEAD: LiteralString = "SELECT size, peaks FROM ledger_head FOR UPDATE"
 GET_HEAD: LiteralString = "SELECT size, peaks FROM ledger_head"
 LIST_WAITING: LiteralString = """
@@ -145,15 +141,6 @@ class LedgerFigures:
     """Age of the oldest event without a leaf, in seconds."""
 
 
-def find_waiting(connection: Connection) -> str | None:
-    """None while every event has its leaf; else a name of this very database, another one after a restart or restore.
-
-    Cheap enough to be asked every few milliseconds.
-    """
-    with connection.cursor(row_factory=scalar_row) as cursor:
-        return cursor.execute(FIND_WAITING).fetchone()
-
-
 def sequence(connection: Connection, *, limit: int = BATCH) -> int:
     """Make leaves of the events that wait, in the caller's transaction; how many.
 
@@ -165,10 +152,7 @@ def sequence(connection: Connection, *, limit: int = BATCH) -> int:
         waiting = cursor.execute(LIST_WAITING, {"limit": limit}).fetchall()
     if not waiting:
         return 0
-    grown, nodes = head.range.extend(_copy(connection, seal(waiting, head.size)))
-    for node in nodes:
-        connection.execute(INSERT_NODE, {"level": node.level, "position": node.position, "hash": node.hash})
-    connection.execute(MARK_HEAD, {"size": grown.size, "peaks": list(grown.peaks)})
+    grow(connection, head, _copy(connection, seal(waiting, head.size)))
     connection.execute(DELETE_WAITING, {"ids": [event.id for event in waiting]})
     return len(waiting)
 
@@ -190,6 +174,19 @@ def _copy(connection: Connection, sealed: Iterable[Sealed]) -> list[bytes]:
                 copy.write_row((each.place, each.event_id, hashed, each.leaf))
                 hashes.append(hashed)
     return hashes
+
+
+def grow(connection: Connection, head: Head, hashes: Iterable[bytes]) -> None:
+    """Extend the tree of the locked head by these leaves."""
+    grown, nodes = head.range.extend(hashes)
+    for node in nodes:
+        connection.execute(INSERT_NODE, {"level": node.level, "position": node.position, "hash": node.hash})
+    connection.execute(MARK_HEAD, {"size": grown.size, "peaks": list(grown.peaks)})
+
+
+def lock_head(connection: Connection) -> Head:
+    """How far the ledger goes; nobody else appends before the transaction ends."""
+    return _head(connection, LOCK_HEAD)
 
 
 def get_head(connection: Connection) -> Head:

@@ -10,9 +10,10 @@ from pathlib import Path
 from service.evidence.merkle import TILE_WIDTH
 from service.evidence.tiles import CHECKPOINT, Tile, added_tiles, numbered, write_bundle
 from service.evidence.tree_head import TreeHeadError
-from service.store.artifacts import ArtifactMissingError, LocalArtifacts, replace_file
+from service.store.artifacts import LEDGER, ArtifactMissingError, Artifacts
+from service.store.directory import replace_file
 
-PREFIX = "ledger/"
+PREFIX = LEDGER
 OPENINGS = PREFIX + "openings"
 GROUP = 16
 """Tiles whose rows are read at once."""
@@ -29,7 +30,7 @@ def is_ledger_file(name: str) -> bool:
 class LedgerFiles:
     """Reads and writes the files."""
 
-    def __init__(self, artifacts: LocalArtifacts) -> None:
+    def __init__(self, artifacts: Artifacts) -> None:
         """They lie in the artefact store."""
         self._artifacts = artifacts
 
@@ -57,6 +58,13 @@ class LedgerFiles:
             if tile.width == TILE_WIDTH:
                 for name in self._artifacts.names_below(_name(tile) + ".p"):
                     self._artifacts.delete(name)
+
+    def list_openings(self, number: int) -> list[bytes]:
+        """The openings that are left of the leaves of a full or partial bundle, in no order."""
+        name = f"{OPENINGS}/{numbered(number, TILE_WIDTH)}"
+        below = [found for kind in (".p", ".from") for found in self._artifacts.names_below(name + kind)]
+        read = (self.read(found.removeprefix(PREFIX)) for found in (name, *below))
+        return [line for data in read if data for line in data.splitlines()]
 
     def publish(self, checkpoint: str, *, expected: bytes | None) -> bool:
         """Put a checkpoint in the place of the one that was read; False where another writer was first."""

@@ -10,6 +10,7 @@ from uuid import UUID
 from psycopg.rows import class_row, scalar_row
 from psycopg.types.json import Jsonb
 
+from service.domain.answers import Answers
 from service.domain.errors import NotFoundError
 from service.store.database import Connection
 from shards.rebuild import Policy
@@ -21,7 +22,8 @@ NOW = Policy()
 COLUMNS: LiteralString = """
     model_id, name, dataset_id, evaluation_id, recipe, recipe_digest, version, floor, cleared, erase_after,
     rebuild_wanted, building, extract(epoch FROM clock_timestamp() - published_at)::float AS deactivated_ago,
-    rebuild_policy, rebuild_forced, rebuild_due, rebuild_at, deferring, reproducible, min_shards
+    rebuild_policy, rebuild_forced, rebuild_due, rebuild_at, deferring, reproducible, min_shards,
+    gate, canary, stable, canary_until, pinned, answers
 """
 FIND: LiteralString = "SELECT " + COLUMNS + " FROM model WHERE name = %(name)s::text"
 GET: LiteralString = "SELECT " + COLUMNS + " FROM model WHERE model_id = %(model_id)s::bigint"
@@ -29,9 +31,10 @@ LOCK: LiteralString = GET + " FOR NO KEY UPDATE"
 LOCK_SHARED: LiteralString = GET + " FOR SHARE"
 LIST: LiteralString = "SELECT " + COLUMNS + " FROM model ORDER BY model_id"
 INSERT: LiteralString = """
-INSERT INTO model (name, dataset_id, evaluation_id, recipe, recipe_digest, erase_after, rebuild_policy, min_shards)
+INSERT INTO model (name, dataset_id, evaluation_id, recipe, recipe_digest, erase_after, rebuild_policy, min_shards,
+                   answers)
 VALUES (%(name)s::text, %(dataset_id)s::uuid, %(evaluation_id)s::uuid, %(recipe)s::jsonb, %(recipe_digest)s::text,
-        %(erase_after)s::interval, %(rebuild_policy)s::jsonb, %(min_shards)s::int)
+        %(erase_after)s::interval, %(rebuild_policy)s::jsonb, %(min_shards)s::int, %(answers)s::text)
 RETURNING model_id
 """
 LIST_VERSIONS: LiteralString = """
@@ -71,12 +74,17 @@ WHERE model_id = %(model_id)s::bigint
 MARK_MIN_SHARDS: LiteralString = """
 UPDATE model SET min_shards = %(min_shards)s::int WHERE model_id = %(model_id)s::bigint
 """
+MARK_ANSWERS: LiteralString = """
+UPDATE model SET answers = %(answers)s::text WHERE model_id = %(model_id)s::bigint
+"""
 MARK_REPRODUCIBLE: LiteralString = """
 UPDATE model SET reproducible = %(found)s::boolean
 WHERE model_id = %(model_id)s::bigint AND (reproducible IS NULL OR reproducible > %(found)s::boolean)
 RETURNING reproducible
 """
-MARK_BUILT: LiteralString = "UPDATE model SET building = false WHERE model_id = %(model_id)s::bigint"
+MARK_BUILT: LiteralString = """
+UPDATE model SET building = %(building)s::boolean WHERE model_id = %(model_id)s::bigint
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +118,17 @@ class Model:
     """Of engine external, whether training a stage twice gave the same bits; None: not tried yet."""
     min_shards: int
     """With fewer live members of its ensemble the model answers nothing."""
+    gate: dict[str, Any] | None
+    """Bounds that a rebuilt assembly must keep before it serves."""
+    canary: dict[str, Any] | None
+    """What share of the traffic a rebuilt assembly gets at first."""
+    stable: int | None
+    """While a canary runs: the version that answers the rest of the traffic."""
+    canary_until: datetime | None
+    pinned: int | None
+    """Version that an operator rolled back to: serves while all of it is clean."""
+    answers: str
+    """How much its answers tell: one of `service.domain.answers.Answers`."""
 
     @property
     def policy(self) -> Policy:
@@ -149,6 +168,7 @@ def insert_model(
     erase_after: timedelta,
     policy: Policy = NOW,
     min_shards: int = 1,
+    answers: Answers = Answers.PROBABILITIES,
 ) -> int:
     """Create a model with nothing trained; returns its id.
 
@@ -164,6 +184,7 @@ def insert_model(
         "erase_after": erase_after,
         "rebuild_policy": Jsonb(policy.to_json()),
         "min_shards": min_shards,
+        "answers": answers,
     }
     row = connection.execute(INSERT, values).fetchone()
     if row is None:
@@ -230,6 +251,11 @@ def mark_min_shards(connection: Connection, model_id: int, min_shards: int) -> N
     connection.execute(MARK_MIN_SHARDS, {"model_id": model_id, "min_shards": min_shards})
 
 
+def mark_answers(connection: Connection, model_id: int, answers: Answers) -> None:
+    """Set how much the answers of the locked model tell."""
+    connection.execute(MARK_ANSWERS, {"model_id": model_id, "answers": answers})
+
+
 def mark_reproducible(connection: Connection, model_id: int, *, found: bool) -> bool:
     """Note whether training a stage again gave the same bits; True where that is news. A difference is never undone."""
     values = {"model_id": model_id, "found": found}
@@ -238,7 +264,12 @@ def mark_reproducible(connection: Connection, model_id: int, *, found: bool) -> 
 
 def mark_built(connection: Connection, model_id: int) -> None:
     """What was queued has ended and is being published."""
-    connection.execute(MARK_BUILT, {"model_id": model_id})
+    connection.execute(MARK_BUILT, {"model_id": model_id, "building": False})
+
+
+def mark_unpublished(connection: Connection, model_id: int) -> None:
+    """What is trained is to be looked at again; the relay rings `model.publish`."""
+    connection.execute(MARK_BUILT, {"model_id": model_id, "building": True})
 
 
 def list_models(connection: Connection) -> list[Model]:

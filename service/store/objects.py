@@ -88,6 +88,10 @@ MARK_SWEPT: LiteralString = """
 UPDATE artifact SET sweeps = sweeps + 1, checked_at = clock_timestamp()
 WHERE object_name = %(object_name)s::text AND state = 'destroyed'
 """
+MARK_ABSENT: LiteralString = """
+UPDATE artifact SET checked_at = %(absent_at)s::timestamptz
+WHERE object_name = ANY(%(object_names)s::text[]) AND state = 'destroyed'
+"""
 FIND_LIVE: LiteralString = """
 SELECT object_name, digest, stage_key, cell_id FROM artifact
 WHERE stage_key = ANY(%(stage_keys)s::text[]) AND kind = %(kind)s::artifact_kind AND state = 'live'
@@ -221,6 +225,11 @@ def list_sweeps(connection: Connection, *, limit: int = 200) -> list[Object]:
 def mark_swept(connection: Connection, object_name: str) -> None:
     """The object was looked for again and is absent."""
     connection.execute(MARK_SWEPT, {"object_name": object_name})
+
+
+def mark_absent(connection: Connection, object_names: Sequence[str], absent_at: object) -> None:
+    """Destroyed objects were looked for again, after this time, and were absent."""
+    connection.execute(MARK_ABSENT, {"object_names": list(object_names), "absent_at": absent_at})
 
 
 def list_live(connection: Connection, stage_keys: Iterable[str], *, kind: str) -> list[Object]:

@@ -9,8 +9,8 @@ from uuid import UUID
 from psycopg.rows import class_row, scalar_row
 
 from service.domain.deadlines import due_at
-from service.store import active, cells, deferrals, evaluations, grid, models, rebuilds, stages
-from service.store.artifacts import LocalArtifacts
+from service.store import active, cells, deferrals, evaluations, grid, models, publish, rebuilds, stages
+from service.store.artifacts import Artifacts
 from service.store.database import Connection, get_time
 from service.store.evaluations import Answers
 from service.store.models import Model
@@ -99,7 +99,7 @@ class Draft:
     before: Answers
     after: Answers
 
-    def measured(self, artifacts: LocalArtifacts) -> Preview:
+    def measured(self, artifacts: Artifacts) -> Preview:
         """The whole preview; to be called outside of the transaction."""
         before, after = (evaluations.measure(artifacts, each) for each in (self.before, self.after))
         note = after.note or before.note
@@ -120,8 +120,10 @@ def preview(connection: Connection, model: Model, record_ids: Sequence[UUID]) ->
 
     def assembly(without: Sequence[UUID], more: AbstractSet[CellRoot] = frozenset()) -> Assembly:
         roots = active.list_roots(connection, model.dataset_id, open_stages.stages, out | more, without=without)
-        live = open_stages.live(without=plan.tainted(open_stages.stages.values(), barred | more))
-        return plan.assemble(recipe, live, open_stages.digests, roots)
+        bars = plan.tainted(open_stages.stages.values(), barred | more)
+        live = open_stages.live(without=bars | open_stages.gated)
+        pinned = publish.find_pinned(connection, model, open_stages, bars)
+        return pinned or plan.assemble(recipe, live, open_stages.digests, roots)
 
     before, after = assembly(()), assembly(record_ids, touched)
     lost = [stage for key, stage in open_stages.live(without=gone).items() if key in hit]

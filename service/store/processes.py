@@ -7,9 +7,8 @@ from uuid import UUID
 
 from psycopg.rows import class_row
 
-from service.evidence.certificate import EvidenceError
 from service.evidence.events import EventKind
-from service.evidence.rows import ReplicaRow
+from service.evidence.rows import EvidenceError, ReplicaRow
 from service.store import events
 from service.store.database import Connection
 
@@ -41,8 +40,10 @@ class _Lease:
 
 def list_replicas(
     connection: Connection, model_id: int, *, version: int, since: datetime, until: datetime
-) -> tuple[ReplicaRow, ...]:
+) -> tuple[tuple[ReplicaRow, ...], list[UUID]]:
     """Per process that ran between a request's receipt and its `deactivated`: how it came to cover the version.
+
+    The second: ids of the events that say so.
 
     Raises:
         EvidenceError: a process that ran is unaccounted for.
@@ -53,29 +54,30 @@ def list_replicas(
     values["processes"] = [str(lease.process_id) for lease in leases]
     with connection.cursor(row_factory=class_row(events.Event)) as cursor:
         told = cursor.execute(LIST_REPLICA_EVENTS, values).fetchall()
-    how: dict[str, tuple[str, datetime]] = {}
+    how: dict[str, tuple[str, events.Event]] = {}
     for event in told:
         process = event.body["process_id"]
         if process in how:
             continue
         if event.kind in {EventKind.REPLICA_REGISTERED, EventKind.REPLICA_ACKNOWLEDGED}:
             if event.body["covers"] >= version:
-                how[process] = ("acknowledged", event.created_at)
+                how[process] = ("acknowledged", event)
         else:
             how[process] = (
                 "fenced_by_expiry" if event.kind == EventKind.REPLICA_FENCED else "ended",
-                event.created_at,
+                event,
             )
     if any(str(lease.process_id) not in how for lease in leases):
         raise EvidenceError("a process ran during the deactivation and no event says what became of it")
-    return tuple(
+    rows = tuple(
         ReplicaRow(
             process_id=lease.process_id,
             covers=lease.covers,
             how=how[str(lease.process_id)][0],
-            at=how[str(lease.process_id)][1],
+            at=how[str(lease.process_id)][1].created_at,
             freed=lease.freed >= version or lease.freed_at is not None,
             freed_at=lease.freed_at,
         )
         for lease in leases
     )
+    return rows, [event.event_id for _, event in how.values()]

@@ -2,11 +2,10 @@
 
 import json
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from service.store import payloads
+from service.store.artifacts import Artifacts
 from service.store.payloads import StoredRecord
 from shards.digest import sha256_hex
 from shards.errors import ArtifactDigestError, ManifestMismatchError
@@ -56,29 +55,30 @@ class Files:
         )
 
 
-def find_files(directory: Path) -> Files:
-    """Read the headers of all stages and the payloads of all cells below `directory`.
+def find_files(artifacts: Artifacts) -> Files:
+    """Read the headers of all stages and the payloads of all cells in the artefact store.
 
     Raises:
         LookupError: there is no stage at all.
+        ArtifactMissingError: a file's key is gone.
         ArtifactDigestError: a file is not what its name says.
+        FileKeysError: the key store is not there.
     """
     stages: dict[str, Stage] = {}
     digests: dict[str, tuple[str, ...]] = {}
-    for path in sorted((directory / "stages").glob("*/*/*.safetensors")):
-        data = path.read_bytes()
+    for name in artifacts.names_below("stages"):
+        if not name.endswith(".safetensors"):
+            continue
+        data = artifacts.get(name)
         stage = _stage_of(data)
-        if stage.key != path.parent.parent.name or sha256_hex(data) != path.parent.name:
-            raise ArtifactDigestError(f"{path} is not the stage or has not the digest that its name says")
-        stages[stage.key] = stage
-        digests[stage.key] = tuple(dict.fromkeys((*digests.get(stage.key, ()), path.parent.name)))
+        _, key, digest, _ = name.split("/")
+        if stage.key != key or sha256_hex(data) != digest:
+            raise ArtifactDigestError(f"{name} is not the stage or has not the digest that its name says")
+        stages[key] = stage
+        digests[key] = tuple(dict.fromkeys((*digests.get(key, ()), digest)))
     if not stages:
-        raise LookupError(f"{directory} holds no stages: is it the artefact store?")
-    return Files(stages, digests, _cells(directory.glob("cells/*/*.parquet")))
-
-
-def _cells(paths: Iterable[Path]) -> list[list[StoredRecord]]:
-    return [payloads.decode(path.read_bytes()) for path in sorted(paths)]
+        raise LookupError("the artefact store holds no stages: train the model first")
+    return Files(stages, digests, [payloads.decode(artifacts.get(name)) for name in artifacts.names_below("cells")])
 
 
 def _stage_of(data: bytes) -> Stage:

@@ -67,10 +67,10 @@ WHERE replay_id = %(replay_id)s::bigint AND token = %(token)s::bigint AND outcom
 """
 INSERT_CONTRADICTED: LiteralString = """
 INSERT INTO replay (model_id, stage_key, digest, found, differs_at, fingerprint, platform, drawn_on, outcome,
-                    started_at, ended_at)
+                    started_at, ended_at)  -- of one that is drawn today whoever is at it finds its token old
 VALUES (%(model_id)s::bigint, %(stage_key)s::text, %(digest)s::text, %(found)s::text, %(stage_key)s::text,
         %(fingerprint)s::text, %(fingerprint)s::text, current_date, 'mismatch', clock_timestamp(), clock_timestamp())
-ON CONFLICT (model_id, drawn_on, stage_key) DO UPDATE  -- drawn today: whoever is at it finds its token old
+ON CONFLICT (model_id, drawn_on, stage_key) WHERE challenge_id IS NULL DO UPDATE
 SET digest = EXCLUDED.digest, found = EXCLUDED.found, differs_at = EXCLUDED.differs_at,
     fingerprint = EXCLUDED.fingerprint, platform = EXCLUDED.platform, outcome = EXCLUDED.outcome, reason = NULL,
     ended_at = EXCLUDED.ended_at, released_at = NULL, token = replay.token + 1, attempts = greatest(replay.attempts, 1)

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, LiteralString
+from typing import LiteralString
 from uuid import UUID
 
 from psycopg.rows import class_row, scalar_row
 
-from service.domain.errors import ConflictError, InvalidInputError, NotFoundError
+from service.domain.errors import ConflictError, InvalidInputError
 from service.domain.requests import Kind, State, check_transition
 from service.evidence.events import EventKind
 from service.store import events, models, targets
 from service.store.database import Connection
+from service.store.subjects import Alias
 
 LOCK_FAILED: LiteralString = """
 SELECT t.model_id, t.version, t.deactivated_at, r.kind
@@ -26,18 +27,12 @@ UPDATE request_target
 SET state = %(state)s::deletion_state, attempts = 0, attempted_at = NULL, error = NULL
 WHERE request_id = %(request_id)s::uuid AND model_id = %(model_id)s::bigint AND state = 'failed'
 """
-LIST_CERTIFICATES: LiteralString = """
-SELECT m.name AS model, c.envelope
-FROM certificate c JOIN model m USING (model_id)
-WHERE c.request_id = %(request_id)s::uuid AND (%(model)s::text IS NULL OR m.name = %(model)s::text)
-ORDER BY c.model_id
-"""
 LIST_RECORDS_OF_SUBJECT: LiteralString = """
 SELECT s.record_id
 FROM subject_alias a
 JOIN record_subject s USING (subject_id)
 JOIN record r ON r.record_id = s.record_id AND r.dataset_id = %(dataset_id)s::uuid
-WHERE a.type = %(type)s::text AND a.digest = %(digest)s::bytea
+WHERE a.type = %(type)s::text AND a.digest = ANY(%(digests)s::bytea[])
 ORDER BY s.record_id
 """
 FIND_MODELS: LiteralString = """
@@ -46,14 +41,6 @@ FROM model m JOIN dataset d USING (dataset_id)
 WHERE m.dataset_id IN (SELECT dataset_id FROM model WHERE name = ANY(%(names)s::text[]))
 ORDER BY m.model_id
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """A signed certificate, as stored."""
-
-    model: str
-    envelope: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,27 +100,9 @@ def retry(connection: Connection, request_id: UUID, *, actor: str) -> dict[int, 
     return {target.model_id: target.resumes for target in failed}
 
 
-def get_certificate(connection: Connection, request_id: UUID, model: str | None) -> Certificate:
-    """The certificate of a request's target.
-
-    Raises:
-        NotFoundError: there is none yet.
-        ConflictError: there are several and `model` does not say which.
-    """
-    values = {"request_id": request_id, "model": model}
-    with connection.cursor(row_factory=class_row(Certificate)) as cursor:
-        found = cursor.execute(LIST_CERTIFICATES, values).fetchall()
-    if not found:
-        raise NotFoundError("there is no certificate yet: one is issued per model when its target completes")
-    if len(found) > 1:
-        names = ", ".join(certificate.model for certificate in found)
-        raise ConflictError(f"there is one certificate per model ({names}): say which with ?model=")
-    return found[0]
-
-
-def list_records_of(connection: Connection, dataset_id: UUID, *, subject_type: str, digest: bytes) -> list[UUID]:
+def list_records_of(connection: Connection, dataset_id: UUID, alias: Alias) -> list[UUID]:
     """The records of a dataset that concern a subject; none for an unknown one."""
-    values = {"dataset_id": dataset_id, "type": subject_type, "digest": digest}
+    values = {"dataset_id": dataset_id, "type": alias.type, "digests": alias.digests}
     with connection.cursor(row_factory=scalar_row) as cursor:
         return cursor.execute(LIST_RECORDS_OF_SUBJECT, values).fetchall()
 

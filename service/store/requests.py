@@ -30,7 +30,7 @@ WITH target AS (
                                   received_at, due_at, created_by)
     SELECT %(request_id)s::uuid, %(kind)s::deletion_kind, 'received',
            (SELECT subject_id FROM subject_alias
-            WHERE type = %(type)s::text AND digest = %(digest)s::bytea),
+            WHERE type = %(type)s::text AND digest = ANY(%(digests)s::bytea[]) LIMIT 1),
            %(subject_commitment)s::bytea, %(regime)s::text, %(reference)s::text, %(received_at)s::timestamptz,
            %(due_at)s::timestamptz, %(actor)s::text
     WHERE EXISTS (SELECT FROM target) AND (%(key)s::text IS NULL OR EXISTS (SELECT FROM claim))
@@ -175,7 +175,7 @@ def receive(connection: Connection, new: NewRequest) -> list[TargetModel] | UUID
         "actor": new.actor,
         "subject_commitment": new.subject_commitment,
         "type": new.alias.type if new.alias else None,
-        "digest": new.alias.digest if new.alias else None,
+        "digests": new.alias.digests if new.alias else [],
         "record_ids": list(new.record_ids),
         "dataset_id": new.dataset_id,
         "model_ids": None if new.model_ids is None else list(new.model_ids),

@@ -1,7 +1,7 @@
 """Subjects and their aliases: an identifier comes in, only its keyed hash is looked up or kept."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import LiteralString
 from uuid import UUID
 
@@ -49,6 +49,13 @@ class Alias:
 
     type: str
     digest: bytes
+    older: tuple[bytes, ...] = field(default=(), compare=False)
+    """The digest under each pepper from before: the subject may be known by one of them."""
+
+    @property
+    def digests(self) -> list[bytes]:
+        """All by which the subject may be known."""
+        return [self.digest, *self.older]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +70,21 @@ def normalise(kind: str, value: str) -> str:
     return value.strip().lower() if kind == "email" else value.strip()
 
 
-def alias_of(pepper: bytes, kind: str, value: str) -> Alias:
-    """The alias of an identifier."""
-    return Alias(kind, keyed(pepper, b"alias", kind.encode(), normalise(kind, value).encode()))
+def alias_of(pepper: bytes, kind: str, value: str, *, older: Sequence[bytes] = ()) -> Alias:
+    """The alias of an identifier, and what it was under peppers from before."""
+    newest, *others = (
+        keyed(each, b"alias", kind.encode(), normalise(kind, value).encode()) for each in (pepper, *older)
+    )
+    return Alias(kind, newest, tuple(others))
 
 
 def find_subjects(connection: Connection, aliases: Iterable[Alias]) -> dict[Alias, UUID]:
     """Those of the aliases that are known, with their subjects."""
-    wanted = list(aliases)
-    values = {"types": [alias.type for alias in wanted], "digests": [alias.digest for alias in wanted]}
+    named = {(alias.type, digest): alias for alias in aliases for digest in alias.digests}
+    values = {"types": [kind for kind, _ in named], "digests": [digest for _, digest in named]}
     with connection.cursor(row_factory=class_row(_Known)) as cursor:
         rows = cursor.execute(RESOLVE, values).fetchall()
-    return {Alias(row.type, bytes(row.digest)): row.subject_id for row in rows}
+    return {named[row.type, bytes(row.digest)]: row.subject_id for row in rows}
 
 
 def insert_subjects(connection: Connection, new: Mapping[Alias, UUID]) -> bool:

@@ -39,7 +39,13 @@ LIST_TO_CERTIFY: LiteralString = (
 SELECT t.request_id, t.model_id
 FROM request_target t
 JOIN deletion_request r ON r.request_id = t.request_id
-WHERE (t.state = 'erasing' AND t.erased_at IS NOT NULL OR t.state = 'deactivated' AND r.kind <> 'erase') AND """
+WHERE (t.state = 'erasing' AND t.erased_at IS NOT NULL OR t.state = 'deactivated' AND r.kind <> 'erase')
+  AND NOT EXISTS (  -- a certificate waits until its events are under a signed tree head (rule 17)
+      SELECT FROM event_pending e LEFT JOIN ledger_leaf l ON l.event_id = e.event_id
+      WHERE e.request_id = t.request_id AND (e.model_id IS NULL OR e.model_id = t.model_id)
+        AND e.kind <> 'rows.changed'
+        AND (l.index < (SELECT h.size FROM tree_head h ORDER BY h.size DESC LIMIT 1)) IS NOT TRUE)
+  AND """
     + BACKOFF
     + """
 ORDER BY t.erased_at, t.deactivated_at
@@ -55,6 +61,7 @@ LIST_TO_PUBLISH: LiteralString = """
 SELECT m.model_id FROM model m
 WHERE (m.building OR (m.deferring AND NOT m.rebuild_wanted))
   AND NOT EXISTS (SELECT FROM stage_job j WHERE j.model_id = m.model_id AND j.state IN ('queued', 'running'))
+   OR m.canary_until <= clock_timestamp()
 ORDER BY m.model_id
 """
 COUNT_TO_TRAIN: LiteralString = """
@@ -96,7 +103,9 @@ def list_to_rebuild(connection: Connection) -> list[int]:
 
 
 def list_to_publish(connection: Connection) -> list[int]:
-    """Models whose last job ended and whose result, or whose deferred deletion, is not served yet."""
+    """Models whose last job ended and whose result, or deferred deletion, is not served yet; those with a canary that
+    has had its time.
+    """
     return _ids(connection, LIST_TO_PUBLISH)
 
 

@@ -11,11 +11,13 @@ from torch import Tensor
 from shards.assembly import Assembly
 from shards.assembly import Member as AssemblyMember
 from shards.engine.artifacts import Artifact, decode_verified, is_lora
-from shards.engine.completion import Sampling, Step, complete
+from shards.engine.completion import complete
 from shards.engine.generation import next_logits
+from shards.engine.inputs import Encoded
 from shards.engine.interface import Input
 from shards.engine.merged import merge_members
 from shards.engine.prompts import Prompts
+from shards.engine.sampling import Sampling, Step
 from shards.engine.skeleton import Member, Prepared, Skeleton
 from shards.errors import ArtifactDigestError, RecipeError, ShardsError
 from shards.logits import Logits, mean_of_logits
@@ -129,6 +131,7 @@ class Ensemble:
         """Number of live shards."""
         self.members = (merge_members(members),) if members and assembly.aggregation == "merged" else members
         """Tensors of each live shard, or of the one adapter that they were merged into."""
+        self._starts = skeleton.starts(self.members)
 
     def logits(self, inputs: Sequence[Input]) -> Logits:
         """Logits (inputs, outputs); an answer's bits depend on its own input alone.
@@ -136,7 +139,21 @@ class Ensemble:
         Raises:
             ShardsError: no shard is live.
         """
-        return self.answer(self._skeleton.prepare(inputs, len(self.members)))
+        return self.infer([each for _, each in self.encode(inputs)])
+
+    def encode(self, inputs: Sequence[Input]) -> list[tuple[int, Encoded]]:
+        """Each input on its own, with the length at which it runs."""
+        return self._skeleton.encode(inputs)
+
+    def infer(self, encoded: Sequence[Encoded]) -> Logits:
+        """Logits (inputs, outputs) of encoded inputs; above the trunk only the layers that each live prefix trained.
+
+        Raises:
+            ShardsError: no shard is live.
+        """
+        if not self.members:
+            raise ShardsError(_NOBODY)
+        return self.answer(self._skeleton.prepare_encoded(encoded, self._starts))
 
     def complete(self, prompt: str, sampling: Sampling = Sampling()) -> Iterator[Step]:  # noqa: B008 - immutable
         """Draw an answer to a prompt, token by token, each from the mean of the live shards' logits.

@@ -38,7 +38,7 @@ class Rereading:
 
     def __call__(self, encoded: Encoded) -> NDArray[np.float32]:
         """Mean of the members' logits (vocabulary,) after this text."""
-        prepared = self._skeleton.prepare_encoded([encoded], len(self._members))
+        prepared = self._skeleton.prepare_encoded([encoded], self._skeleton.starts(self._members))
         return mean_of_logits(self._skeleton.answer(self._members, prepared))[0]
 
 

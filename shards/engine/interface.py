@@ -71,6 +71,17 @@ class Predictor(Protocol):
         """Logits of inputs that the reader prepared, to the same bits."""
         ...
 
+    def encode(self, inputs: Sequence[Input]) -> Sequence[tuple[int, Any]]:
+        """Each input on its own: the length that it runs at, and what `infer` takes. Derived from it: it goes with it.
+
+        Inputs of one length fill a pass, whoever sent them.
+        """
+        ...
+
+    def infer(self, encoded: Sequence[Any]) -> Logits:
+        """Logits (inputs, outputs) of encoded inputs, to the same bits as `logits`."""
+        ...
+
 
 class Reader(Protocol):
     """The weights of one model that this process holds, by artefact digest. Calls come from several threads."""

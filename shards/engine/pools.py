@@ -66,24 +66,42 @@ class Pools:
             RecipeError: an input is not what the recipe says.
             ShardsError: the backbone gives numbers that are not finite.
         """
-        pooled = np.zeros((len(inputs), self.width - 1), np.float32)
-        for at in range(0, len(inputs), CHUNK):
-            with self._lock:  # tokenizers keep their cutting length as state
-                encoded = self._backbone.encode(inputs[at : at + CHUNK])
-            part = pooled[at : at + CHUNK]
-            for length, places in self._by_length(encoded):
-                for rows in _passes(len(places), self._most):
-                    batch = self._backbone.collate([encoded[place] for place in places[rows]], length)
-                    part[places[rows]] = self._pooled(batch)
-        return self.grid.features(pooled)
+        chunks = (inputs[at : at + CHUNK] for at in range(0, len(inputs), CHUNK))
+        pooled = [self._pools([each for _, each in self.encode(chunk)]) for chunk in chunks]
+        return self.grid.features(np.concatenate([np.zeros((0, self.width - 1), np.float32), *pooled]))
 
-    def _by_length(self, encoded: Sequence[Encoded]) -> list[tuple[int, list[int]]]:
-        """Places of the inputs by padded length, which an input's own length decides."""
-        found: dict[int, list[int]] = {}
+    def encode(self, inputs: Sequence[Input]) -> list[tuple[int, Encoded]]:
+        """Each input as the backbone takes it, with the length that it is filled up to, which its own decides.
+
+        Raises:
+            RecipeError: an input is not what the recipe says.
+        """
+        with self._lock:  # tokenizers keep their cutting length as state
+            encoded = self._backbone.encode(inputs)
+        return [(self._length(each), each) for each in encoded]
+
+    def features_of(self, encoded: Sequence[Encoded]) -> Features:
+        """Features of encoded inputs, to the same bits.
+
+        Raises:
+            ShardsError: the backbone gives numbers that are not finite.
+        """
+        return self.grid.features(self._pools(encoded))
+
+    def _length(self, encoded: Encoded) -> int:
+        own = self._backbone.length(encoded)
+        return next(length for length in self._backbone.lengths if length >= own)
+
+    def _pools(self, encoded: Sequence[Encoded]) -> Pooled:
+        by_length: dict[int, list[int]] = {}
         for place, each in enumerate(encoded):
-            own = self._backbone.length(each)
-            found.setdefault(next(length for length in self._backbone.lengths if length >= own), []).append(place)
-        return sorted(found.items())
+            by_length.setdefault(self._length(each), []).append(place)
+        pooled = np.zeros((len(encoded), self.width - 1), np.float32)
+        for length, places in sorted(by_length.items()):
+            for rows in _passes(len(places), self._most):
+                batch = self._backbone.collate([encoded[place] for place in places[rows]], length)
+                pooled[places[rows]] = self._pooled(batch)
+        return pooled
 
     def _pooled(self, batch: Batch) -> Pooled:
         mask = batch.inputs.get("attention_mask")

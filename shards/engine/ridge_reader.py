@@ -8,6 +8,7 @@ from typing import Any
 from shards.assembly import Assembly, Member
 from shards.engine.artifacts import decode_verified
 from shards.engine.backbone import Backbone
+from shards.engine.inputs import Encoded
 from shards.engine.interface import Input
 from shards.engine.pools import Pools
 from shards.engine.ridge import decode_sums, load_backbone
@@ -126,6 +127,19 @@ class RidgePredictor:
         """
         self._solved()
         return self.answer(self._pools.features(inputs))
+
+    def encode(self, inputs: Sequence[Input]) -> list[tuple[int, Encoded]]:
+        """Each input on its own, with the length at which it runs."""
+        return self._pools.encode(inputs)
+
+    def infer(self, encoded: Sequence[Encoded]) -> Logits:
+        """Logits of encoded inputs, to the same bits.
+
+        Raises:
+            ShardsError: no cell is live.
+        """
+        self._solved()
+        return self.answer(self._pools.features_of(encoded))
 
     def answer(self, prepared: Features) -> Logits:
         """Logits of inputs that the reader prepared, to the same bits.

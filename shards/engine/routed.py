@@ -1,6 +1,7 @@
 """Parts of the serving model that treat each member's rows with that member's own tensors."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,29 @@ class Route:
     """Whose rows are whose in the pass under way."""
 
     members: Sequence[Member] = ()
+    start: int = 0
+    """The layer that the members' rows enter at, all of them with the base model's hidden state."""
+    learns: bool = False
+    apart: bool = False
+    """Whether a module with adapters was seen to get rows that are nobody's own: members cannot share a pass then."""
+
+    @contextmanager
+    def of(self, members: Sequence[Member], start: int) -> Generator[None]:
+        """A pass of these members from the layer `start` on."""
+        self.members, self.start = members, start
+        try:
+            yield
+        finally:
+            self.members = ()  # kept, they would outlive their erasure until the next pass
+
+    @contextmanager
+    def learning(self) -> Generator[None]:
+        """A pass that shows which modules of its first layer get the same rows for every member."""
+        self.learns = True
+        try:
+            yield
+        finally:
+            self.learns = False
 
     def split(self, rows: int) -> Iterator[tuple[Member, slice]]:
         """Each member with its rows, of so many in all."""
@@ -36,13 +60,16 @@ class Route:
 class RoutedLinear(nn.Module):
     """A frozen matrix for all rows, plus each member's adapter, where it has one here, on its own."""
 
-    def __init__(self, base: nn.Module, route: Route, name: str) -> None:
+    def __init__(self, base: nn.Module, route: Route, name: str, layer: int | None) -> None:
         super().__init__()
         self.base = base
         self.route = route
         self.name = name
-        self.shared: bool | None = None
-        """Whether every member's rows are still the trunk's, so that one product serves all; found by the probe."""
+        self.layer = layer
+        self.shared = False
+        """Whether in the layer that members start at their rows are still the base model's here, so that one product
+        serves all: true of queries, keys and values. Learnt once at start-up from members that differ.
+        """
 
     def __getattr__(self, name: str) -> Any:
         """What a model reads off the module it stands for, such as its weight."""
@@ -54,9 +81,13 @@ class RoutedLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Like the module it stands for, on the rows of all members."""
         count = len(self.route.members)
-        if self.shared is None and count > 1:
+        if count > 1 and hidden.shape[0] % count:  # DeBERTa's relative positions: one input, for everybody's rows
+            self.route.apart |= any(self.name in member.lora for member in self.route.members)
+            return self.base(hidden)
+        first = count > 1 and self.layer == self.route.start
+        if first and self.route.learns:
             self.shared = all(same_bits(part, hidden[: len(part)]) for part in hidden.chunk(count))
-        if self.shared and count > 1:
+        if first and self.shared:
             out = self.base(hidden[: hidden.shape[0] // count])
             out = out.repeat(count, *[1] * (out.dim() - 1))
         else:

@@ -69,6 +69,8 @@ class SisaReader:
         self._network = network_of(recipe, backbone, device)
         self._base = self._network.base()
         self._lock = threading.Lock()
+        self._coding = threading.Lock()
+        """Tokenizers keep their cutting length as state."""
         self._held: dict[str, _Held] = {}
         lengths = self._network.codec.lengths
         self.batched = all(self._is_pure(length) for length in {lengths[0], lengths[-1]})
@@ -124,13 +126,23 @@ class SisaReader:
         Raises:
             RecipeError: an input is not what the recipe says.
         """
-        codec = self._network.codec
-        with self._lock:  # tokenizers keep their cutting length as state
-            encoded = codec.encode(inputs)
+        return self.prepare_encoded([each for _, each in self.encode(inputs)])
+
+    def encode(self, inputs: Sequence[Input]) -> list[tuple[int, Encoded]]:
+        """Each input as the network takes it, with the length that it is filled up to.
+
+        Raises:
+            RecipeError: an input is not what the recipe says.
+        """
+        with self._coding:
+            encoded = self._network.codec.encode(inputs)
+        return [(self._length(each), each) for each in encoded]
+
+    def prepare_encoded(self, encoded: Sequence[Encoded]) -> Prepared:
+        """Put encoded inputs side by side, in passes of fixed sizes."""
         by_length: dict[int, list[int]] = {}
         for place, each in enumerate(encoded):
-            size = codec.length(each)
-            by_length.setdefault(next(bucket for bucket in codec.lengths if bucket >= size), []).append(place)
+            by_length.setdefault(self._length(each), []).append(place)
         passes: list[Pass] = []
         for length, places in sorted(by_length.items()):
             passes += self._passes(encoded, places, length, batched=self.batched)
@@ -144,6 +156,10 @@ class SisaReader:
                 logits = self._forward(each.batch, tensors)
             found[each.places] = logits[: len(each.places)].cpu().numpy()
         return tasks.in_units(self.recipe, found)
+
+    def _length(self, encoded: Encoded) -> int:
+        own = self._network.codec.length(encoded)
+        return next(length for length in self._network.codec.lengths if length >= own)
 
     def _tensors(self, line: Member) -> Tensors:
         """A member's tensors are its last stage's alone; the others stay for the prefixes that may follow."""
@@ -214,6 +230,18 @@ class WholeEnsemble:
             ShardsError: no shard is live.
         """
         return self.answer(self._reader.prepare(inputs))
+
+    def encode(self, inputs: Sequence[Input]) -> list[tuple[int, Encoded]]:
+        """Each input on its own, with the length at which it runs."""
+        return self._reader.encode(inputs)
+
+    def infer(self, encoded: Sequence[Encoded]) -> Logits:
+        """Logits of encoded inputs, to the same bits.
+
+        Raises:
+            ShardsError: no shard is live.
+        """
+        return self.answer(self._reader.prepare_encoded(encoded))
 
     def answer(self, prepared: Prepared) -> Logits:
         """Logits of inputs that the reader prepared, to the same bits.

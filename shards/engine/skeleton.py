@@ -3,12 +3,15 @@
 The trunk runs once per input; above it the rows are repeated per member, every frozen matrix is multiplied
 once for all of them, and each member's adapters and head act on its own rows. Members are plain tensors
 handed in per call, so exchanging what is served copies no weight.
+
+A member whose prefix is short begins higher: below its lowest block its layers are still the base model's, which the
+trunk's pass has computed for all of them.
 """
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +22,7 @@ from transformers import DynamicCache
 from shards.engine.backbone import Backbone
 from shards.engine.inputs import Encoded
 from shards.engine.interface import Input
+from shards.engine.memory import is_shortage
 from shards.engine.merged import merge_members
 from shards.engine.routed import Member, Route, RoutedHead, RoutedLinear, replace_module
 from shards.engine.structure import targets
@@ -36,14 +40,13 @@ MEMBERS = 8
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Rows of one padded length that go through the layers together."""
+    """Rows of one padded length that go through the trunk together."""
 
-    rows: slice
     places: Sequence[int]
     """Where each row stands among the caller's inputs."""
     batch: Batch
-    hidden: Tensor
-    """(rows, length, width) at the lowest trained layer."""
+    hidden: Mapping[int, Tensor]
+    """(rows, length, width) of the base model, by boundary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +75,14 @@ class Skeleton:
         self._lengths = self.backbone.lengths
         self._route = Route()
         self._lock = threading.Lock()
+        self._coding = threading.Lock()
+        """Tokenizers keep their cutting length as state."""
         model = self.backbone.pure_replica(self._lengths, SEQUENCES)
         self._shapes = self._install(model)
+        self._layer_of = {name: self.backbone.layer_index(name) or 0 for name in self._shapes}
         self._window = Window(model, self.backbone.layers, as_tuple=self.backbone.as_tuple)
         self.batched = True
+        self._learn()
         self.batched = self._is_pure()
 
     @property
@@ -89,29 +96,42 @@ class Skeleton:
         Each answer's bits depend on that input and member alone: not on its neighbours, nor on the other
         members.
         """
-        return self.answer(members, self.prepare(inputs, len(members)))
+        return self.answer(members, self.prepare(inputs, self.starts(members)))
 
-    def prepare(self, inputs: Sequence[Input], members: int = 1) -> Prepared:
-        """Take inputs through the trunk, in passes that suit so many members at once.
+    def starts(self, members: Sequence[Member]) -> frozenset[int]:
+        """The lowest layers that members have adapters in: below them they are the base model."""
+        return frozenset(map(self._start, members))
+
+    def encode(self, inputs: Sequence[Input]) -> list[tuple[int, Encoded]]:
+        """Each input as the model takes it, with the length that it is filled up to: a function of it alone.
 
         Raises:
             RecipeError: an input is not what the recipe says.
         """
-        with self._lock:  # tokenizers keep their cutting length as state
+        with self._coding:
             encoded = self.backbone.encode(inputs)
-        return self.prepare_encoded(encoded, members)
+        return [(self._length(each), each) for each in encoded]
 
-    def prepare_encoded(self, encoded: Sequence[Encoded], members: int = 1) -> Prepared:
-        """Take encoded inputs through the trunk."""
+    def prepare(self, inputs: Sequence[Input], starts: Collection[int] = ()) -> Prepared:
+        """Take inputs through the trunk, see `prepare_encoded`.
+
+        Raises:
+            RecipeError: an input is not what the recipe says.
+        """
+        return self.prepare_encoded([each for _, each in self.encode(inputs)], starts)
+
+    def prepare_encoded(self, encoded: Sequence[Encoded], starts: Collection[int] = ()) -> Prepared:
+        """Take encoded inputs through the base model's layers once, for members that start there; without `starts`
+        for members of any depth.
+        """
         by_length: dict[int, list[int]] = {}
         for place, each in enumerate(encoded):
-            own = self.backbone.length(each)
-            by_length.setdefault(next(b for b in self._lengths if b >= own), []).append(place)
+            by_length.setdefault(self._length(each), []).append(place)
         passes: list[Pass] = []
         for length, places in sorted(by_length.items()):
             batch = self.backbone.collate([encoded[place] for place in places], length)
             with self._lock:
-                passes += [replace(each, places=places[each.rows]) for each in self._trunk(batch, members)]
+                passes += self._trunk(batch, places, starts or {self.floor})
         return Prepared(len(encoded), tuple(passes))
 
     def answer(self, members: Sequence[Member], prepared: Prepared) -> list[Logits]:
@@ -119,48 +139,66 @@ class Skeleton:
         answers = [np.zeros((prepared.count, self.backbone.outputs), np.float32) for _ in members]
         for each in prepared.passes:
             with self._lock:
-                found = self._upper(members, each)
+                found = self._answered(members, each)
             for answer, logits in zip(answers, found, strict=True):
                 answer[each.places] = in_units(self.recipe, logits.numpy())
         return answers
 
+    def _length(self, encoded: Encoded) -> int:
+        own = self.backbone.length(encoded)
+        return next(length for length in self._lengths if length >= own)
+
+    def _start(self, member: Member) -> int:
+        return min((self._layer_of[name] for name in member.lora), default=self.floor)
+
     def _install(self, model: nn.Module) -> dict[str, tuple[int, int]]:
         """Replace adapter targets and heads by routed ones; per target the widths (in, out)."""
         shapes = targets(model, self.backbone.layers, self.recipe, self.floor)
+        begin = boundaries(self.recipe, self.backbone.depth)
         for name, module in list(model.named_modules()):
-            lowest = self.backbone.layer_index(name) == self.floor  # for `shared`: its input may be the trunk's
-            if name in shapes or (lowest and isinstance(module, nn.Linear)):
-                replace_module(model, name, RoutedLinear(module, self._route, name))
+            index = self.backbone.layer_index(name)
+            # The first layer's: their input may be the trunk's, see `RoutedLinear.shared`.
+            if name in shapes or (index in begin and isinstance(module, nn.Linear)):
+                replace_module(model, name, RoutedLinear(module, self._route, name, index))
             elif name in self.backbone.heads:
                 replace_module(model, name, RoutedHead(module, self._route, name))
         return shapes
 
     def _group(self, members: int) -> int:
-        return min(MEMBERS, max(1, members)) if self.batched else 1
+        return min(MEMBERS, max(1, members)) if self.batched and not self._route.apart else 1
 
-    def _trunk(self, batch: Batch, members: int) -> Iterator[Pass]:
-        """Hidden states at the lowest trained layer, in passes of few fixed sizes."""
-        for rows in _passes(batch.rows, self._group(members), batched=self.batched):
+    def _trunk(self, batch: Batch, places: Sequence[int], starts: Collection[int]) -> Iterator[Pass]:
+        """Hidden states where members start, in passes of few fixed sizes."""
+        for rows in _passes(batch.rows, 1, batched=self.batched):
             with torch.inference_mode(), self.backbone.autocast():
-                hidden = self._window.states(batch[rows], [self.floor])[self.floor]
-            yield Pass(rows, (), batch[rows].bare(), hidden)
+                hidden = self._window.states(batch[rows], starts)
+            yield Pass(places[rows], batch[rows].bare(), hidden)
 
-    def _upper(self, members: Sequence[Member], given: Pass) -> list[Tensor]:
-        """Per member its logits (rows, classes), from the trunk's hidden state."""
-        found: list[Tensor] = []
-        group = self._group(len(members))
-        try:
-            for at in range(0, len(members), group):
-                self._route.members = members[at : at + group]
-                count = len(self._route.members)
-                with torch.inference_mode(), self.backbone.autocast():
-                    logits = self._window.logits(
-                        given.batch.repeat(count), self.floor, given.hidden.repeat(count, 1, 1)
-                    )
-                found += logits.float().cpu().chunk(count)
-        finally:
-            self._route.members = ()  # kept, they would outlive their erasure until the next pass
-        return found
+    def _answered(self, members: Sequence[Member], given: Pass) -> list[Tensor]:
+        """Per member its logits (rows, outputs), those that start together together."""
+        by_start: dict[int, list[int]] = {}
+        for place, member in enumerate(members):
+            start = max(boundary for boundary in given.hidden if boundary <= self._start(member))
+            by_start.setdefault(start, []).append(place)
+        found: dict[int, Tensor] = {}
+        for start, places in by_start.items():
+            group = self._group(len(places))
+            for at in range(0, len(places), group):
+                some = places[at : at + group]
+                own = [members[place] for place in some]
+                parts = [
+                    self._upper(own, given.batch[rows], given.hidden[start][rows], start)
+                    for rows in _passes(given.batch.rows, group, batched=self.batched)
+                ]
+                found |= zip(some, map(torch.cat, zip(*parts, strict=True)), strict=True)
+        return [found[place] for place in range(len(members))]
+
+    def _upper(self, members: Sequence[Member], batch: Batch, hidden: Tensor, start: int) -> Sequence[Tensor]:
+        """Per member its logits (rows, outputs), in one pass from the base model's hidden state."""
+        count = len(members)
+        with self._route.of(members, start), torch.inference_mode(), self.backbone.autocast():
+            logits = self._window.logits(batch.repeat(count), start, hidden.repeat(count, 1, 1))
+        return logits.float().cpu().chunk(count)
 
     def following(self, members: Sequence[Member], ids: Sequence[int], seen: int, memories: list[Any]) -> list[Logits]:
         """Per member the logits (1, vocabulary) of the token after `ids`, of a text of which `seen` ids went before.
@@ -174,15 +212,12 @@ class Skeleton:
         given = torch.tensor([list(ids)], device=self.backbone.device)
         found: list[Tensor] = []
         with self._lock:
-            try:
-                for at, memory in zip(cuts, memories, strict=True):
-                    self._route.members = members[at : at + group]
-                    count = len(self._route.members)
-                    with torch.inference_mode(), self.backbone.autocast():
-                        logits = self._window.following(given, seen, memory, (self.floor, count))
-                    found += logits.float().cpu().chunk(count)
-            finally:
-                self._route.members = ()
+            for at, memory in zip(cuts, memories, strict=True):
+                some = members[at : at + group]
+                start = min(self.starts(some))
+                with self._route.of(some, start), torch.inference_mode(), self.backbone.autocast():
+                    logits = self._window.following(given, seen, memory, (start, len(some)))
+                found += logits.float().cpu().chunk(len(some))
         return [logits.numpy() for logits in found]
 
     def made_up(self, count: int) -> list[Member]:
@@ -203,7 +238,8 @@ class Skeleton:
             fewer = self._tensors(members[:1], full[:18])[0]  # 16 and 2
             alone = [self._tensors(members[-1:], batch[row : row + 1])[0] for row in range(3)]
             if not (
-                all(same_bits(there[order], here) for there, here in zip(together, moved, strict=True))
+                self._keeps_low(members, batch)
+                and all(same_bits(there[order], here) for there, here in zip(together, moved, strict=True))
                 and same_bits(many[:13], together[0])
                 and same_bits(many[:18], fewer)
                 and all(same_bits(logits, together[-1][row : row + 1]) for row, logits in enumerate(alone))
@@ -211,9 +247,32 @@ class Skeleton:
                 return False
         return True
 
+    def _keeps_low(self, members: Sequence[Member], batch: Batch) -> bool:
+        """Whether a short prefix has the same bits entered where it starts, beside deeper ones, and from the floor."""
+        top = boundaries(self.recipe, self.backbone.depth)[0]
+        lora = {name: pair for name, pair in members[0].lora.items() if self._layer_of[name] >= top}
+        short = Member(lora, members[0].head)
+        beside = self._tensors([*members, short], batch)[-1]
+        low = [self._answered([short], each)[0] for each in self._trunk(batch, range(batch.rows), {self.floor})]
+        return same_bits(beside, torch.cat(low))
+
     def _tensors(self, members: Sequence[Member], batch: Batch) -> list[Tensor]:
-        passes = [self._upper(members, each) for each in self._trunk(batch, len(members))]
-        return [torch.cat(parts) for parts in zip(*passes, strict=True)]
+        passes = self._trunk(batch, range(batch.rows), self.starts(members))
+        return [torch.cat(parts) for parts in zip(*(self._answered(members, each) for each in passes), strict=True)]
+
+    def _learn(self) -> None:
+        """Find what members have in common in the layer that they start at, and whether they can share a pass."""
+        batch = self.backbone.made_up(1, self._lengths[0])
+        pair = self.made_up(2)
+        for start in boundaries(self.recipe, self.backbone.depth):
+            (given,) = self._trunk(batch, [0], {start})
+            try:
+                with self._route.learning():
+                    self._upper(pair, given.batch, given.hidden[start], start)
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                if is_shortage(error):
+                    raise
+                self._route.apart = True
 
     def _made_up(self, shapes: Mapping[str, tuple[int, int]], seed: int) -> Member:
         generator = torch.Generator().manual_seed(seed)

@@ -26,7 +26,7 @@ def certificate(screen: Screen, stack: Stack, envelope: Mapping[str, Any], file:
     """Keep the certificate in `file`, say what it says was destroyed, and have `expunge verify` check it."""
     file.write_text(json.dumps(envelope))
     predicate = json.loads(base64.b64decode(envelope["payload"]))["predicate"]
-    records, stages, destroyed = predicate["records"]["count"], len(predicate["tainted"]), _destroyed(predicate)
+    records, stages, destroyed = len(predicate["records"]), len(predicate["tainted"]), _destroyed(predicate)
     screen.say(
         f"destroyed: {len(destroyed)} files, of {stages} tainted stages and of the payloads of {records} records"
         " (whose cell was written again without them)"

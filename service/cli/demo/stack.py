@@ -45,6 +45,11 @@ class Stack:
         """The certificate's public key."""
         return self.state / "keys" / "signing.pub"
 
+    @property
+    def programs(self) -> Mapping[str, int]:
+        """Process id by program; another one after a restart."""
+        return json.loads((self.state / "run" / "up.json").read_text())["programs"]
+
     def check(self) -> None:
         """Raise `DemoError` with the end of the logs where `up` is gone."""
         if (code := self.process.poll()) is not None:

@@ -43,6 +43,8 @@ class Traffic:
     """Seconds between an answer and the next request."""
     floor: int = 0
     """Set it once the API has said `deactivated`: answers to requests sent from then on count as stale below it."""
+    seconds: list[float] = field(default_factory=list[float], init=False)
+    """How long each answer took that was a prediction, in the order of their arrival."""
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _stop: threading.Event = field(default_factory=threading.Event, init=False)
     _threads: list[threading.Thread] = field(default_factory=list, init=False)
@@ -102,20 +104,22 @@ class Traffic:
                 if self._stop.is_set():
                     return
                 floor = self.floor  # as known before the request leaves
+                sent = time.monotonic()
                 try:
                     answer = client.post(f"/v1/models/{self.model}/predict", json={"inputs": [text]})
-                    self._note(server, answer, floor)
+                    self._note(server, answer, floor, time.monotonic() - sent)
                 except (httpx.HTTPError, ValueError, KeyError) as error:
                     self._note_failure(type(error).__name__)
                 self._stop.wait(self.pause)
 
-    def _note(self, server: str, answer: httpx.Response, floor: int) -> None:
+    def _note(self, server: str, answer: httpx.Response, floor: int, seconds: float) -> None:
         if not answer.is_success:
             self._note_failure(f"HTTP {answer.status_code}")
             return
         version = int(answer.headers[VERSION_HEADER])
         with self._lock:
             self._total += 1
+            self.seconds.append(seconds)
             self._versions.add(version)
             self._stale += version < floor
             self._after[server] += floor > 0
