@@ -277,7 +277,9 @@ def test_the_commands(
     own.write_bytes(Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     options = ("--key", public, "--name", "w", "--witness-key", str(own), "--state", str(tmp_path / "seen"))
     code, said = run("witness", str(log.files), *options)
-    assert (code, said) == (0, (tmp_path / "seen").read_text())
+    cosigned, told = said.split("checked with ")  # on stdout, and how others check it on stderr
+    assert (code, cosigned) == (0, (tmp_path / "seen").read_text())
+    assert note.read_vkey(told, note.COSIGNATURE)[0] == "w"
     change("tile/entries/001", entries(other_kind))(log.files)
     code, said = run("verify", str(log.files), "--key", public)
     assert code == 1
