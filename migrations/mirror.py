@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def mirror(table: str, columns: Sequence[str], key: Sequence[str], changes: Sequence[str]) -> str:
     """Statements that record every change of a table in the transaction of the change.
 
-    An event holds the `columns` of inserted rows, those of updated rows that changed, and the `key` of deleted ones.
+    A change holds the `columns` of inserted rows, those of updated rows that changed, and the `key` of deleted ones.
     `changes`: which of INSERT, UPDATE and DELETE are recorded. Restoring writes rows that are in the ledger already.
     """
     every, keys = ", ".join(columns), ", ".join(key)
@@ -34,14 +34,17 @@ def mirror(table: str, columns: Sequence[str], key: Sequence[str], changes: Sequ
         for each in changes
     )
     return f"""
-CREATE FUNCTION mirror_{table}() RETURNS trigger LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+-- Plans last as long as the connection: one made for a row or two would compare every pair of many.
+CREATE FUNCTION mirror_{table}() RETURNS trigger LANGUAGE plpgsql
+SET search_path = public, pg_temp SET enable_nestloop = off AS $$
 #variable_conflict use_column
 DECLARE images jsonb;
 BEGIN
     IF current_setting('expunge.mode', true) = 'applying' THEN RETURN NULL; END IF;
 {branches}    IF images IS NOT NULL THEN
         INSERT INTO event_pending (kind, body) VALUES ('rows.changed',
-            jsonb_build_object('table', TG_TABLE_NAME, 'change', lower(TG_OP), 'rows', images));
+            jsonb_build_object('changes', jsonb_build_array(
+                jsonb_build_object('table', TG_TABLE_NAME, 'change', lower(TG_OP), 'rows', images))));
     END IF;
     RETURN NULL;
 END $$;

@@ -230,7 +230,7 @@ def other(value: Any) -> Any:
 def schema_of(shape: Any) -> dict[str, Any]:  # noqa: PLR0911 - a case a line
     """The JSON Schema (2020-12) of a closed form in `service.evidence.form`."""
     if isinstance(shape, tuple):
-        if not any(isinstance(alternative, dict | list | re.Pattern) for alternative in shape):
+        if not any(isinstance(alternative, dict | list | re.Pattern | type) for alternative in shape):
             return {"enum": list(shape)}
         return {"anyOf": [schema_of(alternative) for alternative in shape]}
     if isinstance(shape, list):

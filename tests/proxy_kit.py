@@ -16,8 +16,11 @@ from conftest import Database
 from serving_kit import Client, Toy, free_port, wait_until
 from serving_talk import TALK
 
+from shards.stages import Stage
+
 HERE = Path(__file__).parent
 TTL_MS = 800
+ROOT = "0" * 64
 
 
 def make_toy(database: Database, directory: Path) -> Toy:
@@ -25,7 +28,10 @@ def make_toy(database: Database, directory: Path) -> Toy:
     toy = Toy(database.owner_url, database.app_url, directory / "artifacts", recipe=TALK)
     toy.create()
     for shard, (name, number) in enumerate({"a": 1.0, "b": 2.0}.items()):
-        toy.add_stage(name, shard=shard, data=artifact(number))
+        key = Stage(TALK.digest, shard, (0,), (ROOT,), None).key  # as the planner derives it
+        toy.add_stage(name, shard=shard, data=artifact(number), key=key)
+    with toy.connect() as connection:
+        connection.execute("update stage set roots = %s", ([ROOT],))
     toy.publish("a", "b", cause="train")
     return toy
 

@@ -11,6 +11,7 @@ from installation import DONE, Installation, installation
 from tiny import tiny_backbone
 
 from service.cli.demo.stack import EXPUNGE
+from shards.recipe import Backbone
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -65,6 +66,31 @@ def test_a_backup_from_before_a_deletion_is_shut_until_it_is_restored(tmp_path: 
         assert (again.status_code, again.json()["skipped"]) == (201, 1), again.text
         found.await_state(found.ask("m2"), DONE)
         found.until(lambda: verified(found), within=30)
+        found.await_built("m")
+        before = newest(found)
+        await_published(found)
+    require_rebuilt(home, backbone, before)
+
+
+def require_rebuilt(home: Path, backbone: Backbone, before: dict[str, Any]) -> None:
+    """Postgres is lost as a whole, and comes back from artefacts and keys alone, with whom the data are about."""
+    shutil.rmtree(home / "state" / "postgres")
+    done = restore(home / "state")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["recovered"] > 0
+    assert (report["records"], report["lost"], report["losses"]) == (0, 0, [])
+    with installation(home, backbone) as found:  # with a new first key
+        found.await_serving("m", before["version"] + 1)
+        assert (newest(found)["assembly"], newest(found)["cause"]) == (before["assembly"], "restore")
+        request_id = found.ask("m3")
+        found.await_state(request_id, {"completed"})
+        assert found.certificate(request_id, "m", home)[0] == 0
+
+
+def newest(found: Installation) -> dict[str, Any]:
+    """The model's newest version."""
+    return max(found.get("/v1/models/m/versions")["versions"], key=lambda each: each["version"])
 
 
 def record(subject: str) -> dict[str, Any]:

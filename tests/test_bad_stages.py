@@ -93,23 +93,23 @@ def test_a_label_that_is_refused_is_not_told(
     installation: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A label is data: an error about it names the classes alone."""
-    monkeypatch.setattr("world.tiny_record", lambda name: tiny_record(name, label="canary of a person"))
+    monkeypatch.setattr("world.tiny_record", lambda name: tiny_record(name, label="zebra of a person"))
     world = installation()
     attempt_twice(world)
     check_nothing_published(world, "RecipeError: classes: a record's label is not among them; correct")
-    assert "canary" not in str(world.rows("SELECT error FROM stage_job"))
-    assert "canary" not in str(world.rows("SELECT body FROM event_pending"))
+    assert "zebra" not in str(world.rows("SELECT error FROM stage_job"))
+    assert "zebra" not in str(world.rows("SELECT body FROM event_pending"))
 
 
 def test_what_others_code_says_of_records_is_not_told(
     installation: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(*_: Any) -> bytes:
-        raise ModuleError("a module's own words: canary of a person") from ValueError()
+        raise ModuleError("a module's own words: zebra of a person") from ValueError()
 
     monkeypatch.setattr(S3T, "train", train)
     world = installation()
     attempt_twice(world)
     check_nothing_published(world, "ModuleError")
     assert world.rows("SELECT DISTINCT error FROM stage_job WHERE attempts > 0") == [("ModuleError",)]
-    assert "canary" not in str(world.rows("SELECT body FROM event_pending"))
+    assert "zebra" not in str(world.rows("SELECT body FROM event_pending"))

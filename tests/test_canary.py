@@ -13,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from releases import build, delete, depth, evaluated, model_of, nothing_tainted_serves, served, set_canary, set_gate
 from serving_kit import Client, Toy, ToyEngine, serving, wait_until
-from world_copies import Copy
+from world_copies import SUBJECTS, Copy
 
 from service.domain.errors import ConflictError
 from service.domain.release import Canary, Gate
+from service.domain.requests import Kind
 from service.serving.fence import Fence
-from service.store import canaries, gates, models, overrides, policies, publish
+from service.store import canaries, gates, lifts, models, overrides, policies, publish
 from service.store.database import Connection, transaction
 from shards.assembly import Assembly, Member
 from shards.digest import canonical
+from shards.partition import dataset_key, record_id_of
 from shards.stages import Stage
 from workers import steps
 from workers.barrier import Barrier
@@ -381,6 +383,23 @@ def test_a_deletion_ends_the_canary_whatever_it_touches_and_a_new_one_follows(wo
         model = model_of(world)
         assert model.stable == model.floor
         nothing_tainted_serves(world)
+
+
+def test_a_lift_that_brings_nothing_back_leaves_the_canary(world: Copy) -> None:
+    key = dataset_key(world.secrets.partition, world.dataset.dataset_id)
+
+    def cell_of(subject: str) -> int:
+        return world.row("SELECT cell_id FROM record WHERE record_id = %s", record_id_of(key, SUBJECTS[subject][0]))[0]
+
+    neighbour = next(each for each in SUBJECTS if each != "s1" and cell_of(each) == cell_of("s1"))
+    restriction = world.ask(neighbour, kind=Kind.RESTRICT)
+    steps.plan_targets(world.context, world.model_id)
+    rebuilt_to_canary(world)
+    before = running(world)
+    assert before[0] is not None
+    with transaction(world.pool) as connection:
+        lifts.lift(connection, restriction, actor=world.actor, reason_code="withdrawn")
+    assert running(world) == before
 
 
 def test_gate_then_canary(world: Copy) -> None:

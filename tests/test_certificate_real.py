@@ -259,16 +259,22 @@ def test_two_programs_add_one_supplement(world: Copy, monkeypatch: pytest.Monkey
     assert len(world.events("certificate.supplemented")) == 1
 
 
-def test_a_restriction_that_was_lifted_gets_no_more(world: Copy) -> None:
+def test_a_restriction_that_is_lifted_gets_one_supplement_that_says_so(world: Copy) -> None:
     request_id = world.ask("s1", kind=Kind.RESTRICT)
     steps.plan_targets(world.context, world.model_id)
     world.finish(request_id)
     assert world.states(request_id) == [("completed", "restricted")]
     assert failures(world, request_id) == []
+    assert add(world) == 0
     with transaction(world.pool) as connection:
         lifts.lift(connection, request_id, actor=world.actor, reason_code="withdrawn")
+    assert add(world) == 1
+    _, (added,) = stored(world, request_id)
+    assert (said(added)["lifted"]["version"], said(added)["rebuild"], said(added)["open_items"]) == (3, None, [])
+    assert failures(world, request_id) == []
     rebuild(world)
     assert add(world) == 0
+    assert world.rows("SELECT * FROM certificate_open") == []
 
 
 def test_a_restriction_is_added_to_also_after_an_erasure_of_its_records(world: Copy) -> None:

@@ -19,12 +19,13 @@ from certificate_sample import (
     at,
     manifest,
     manifest_row,
+    restricted,
     sample,
 )
 
 from service.evidence.certificate import PAYLOAD_TYPE, digest_of_envelope, issue
 from service.evidence.dsse import sign
-from service.evidence.rows import Addition, OpenRow, ProcessRow, RebuildRow, SweepRow
+from service.evidence.rows import Addition, LiftRow, OpenRow, ProcessRow, RebuildRow, SweepRow
 from service.evidence.supplement import build_supplement, issue_supplement
 from service.evidence.verify import verify
 from shards.assembly import Assembly, Member
@@ -207,3 +208,36 @@ def test_a_rebuild_that_read_the_record_again_is_refused() -> None:
     ((_, detail),) = refusals(issue_supplement(dataclasses.replace(addition(), rebuild=lying), KEY))
     assert "holds one of the records" in detail
     assert digest_of(assembly.to_json()) == assembly.digest
+
+
+def lift_of(outcome: str = "restricted", *, version: int = 7) -> tuple[str, list[tuple[bool, str]]]:
+    """A restriction's certificate and a supplement that lifts it by version 7; (words of the last line, lines)."""
+    rows = dataclasses.replace(restricted() if outcome == "restricted" else sample(), exports=())
+    certificate = issue(rows, KEY)
+    body = {"actor": "abcdefgh", "reason_code": "withdrawn", "records": 1, "version": 7}
+    after = [
+        event(40, "certificate.issued", at(91), {"digest": digest_of_envelope(certificate)}, rows.request_id),
+        event(41, "target.lifted", at(400), body, rows.request_id),
+    ]
+    log, _, size = log_of(rows, after)
+    added = dataclasses.replace(
+        addition(),
+        certificate=digest_of_envelope(certificate),
+        request_id=rows.request_id,
+        sweeps=(),
+        processes=(),
+        exports=(),
+        rebuild=None,
+        lifted=LiftRow(at=at(400), version=version),
+        ledger=log.rows(len(log.told), [size, size + 1], since=size),
+    )
+    checks = verify(certificate, PEM, supplements=[issue_supplement(added, KEY)])
+    return checks[-1].detail, [(check.passed, check.name) for check in checks]
+
+
+def test_a_lift_is_said_only_as_the_ledger_has_it() -> None:
+    words, lines = lift_of()
+    assert all(passed for passed, _ in lines), lines
+    assert "the restriction was LIFTED" in words
+    assert "no event in the ledger lifts" in lift_of(version=8)[0]
+    assert lift_of("erased")[0] == "only a restriction can be lifted"

@@ -14,6 +14,7 @@ from api_client import Api
 from conftest import Database
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from psycopg.types.json import Jsonb
 from test_workers_path import build
 from world import World, make_world
 from world_copies import SUBJECTS, Copy
@@ -24,6 +25,8 @@ from service.evidence import note
 from service.evidence.challenge import ChallengeError, check, draw_stages, unseen
 from service.evidence.events import EventKind
 from service.evidence.keys import load_signing_key, public_pem
+from service.evidence.leaves import Leaf, open_leaf
+from service.evidence.signers import SigningKey
 from service.evidence.tree_head import TreeHead, sign_head, write_proof
 from service.store import challenges, ledger, models, publish
 from service.store.database import transaction
@@ -45,13 +48,15 @@ class Audit:
     world: World
     sequencer: Sequencer
     mine: Ed25519PrivateKey
+    given: str = ""
+    """What the last challenge was opened with."""
 
     @property
     def vkey(self) -> str:
         return note.vkey(WITNESS, self.mine.public_key(), note.COSIGNATURE)
 
     @property
-    def operator(self) -> Ed25519PrivateKey:
+    def operator(self) -> SigningKey:
         return load_signing_key(self.world.context.settings.keys_dir / "signing.pem")
 
     def cosigned(self) -> str:
@@ -65,7 +70,7 @@ class Audit:
 
     def open(self, checkpoint: str, count: int = 10) -> UUID:
         with transaction(self.world.pool) as connection:
-            return challenges.open_challenge(
+            found = challenges.open_challenge(
                 connection,
                 "tiny",
                 checkpoint=checkpoint,
@@ -73,6 +78,8 @@ class Audit:
                 count=count,
                 actor=self.world.actor,
             )
+        self.given = checkpoint
+        return found
 
     def replay_all(self) -> None:
         for (replay_id,) in self.world.rows("SELECT replay_id FROM replay WHERE outcome IS NULL ORDER BY replay_id"):
@@ -140,19 +147,20 @@ def test_a_planted_fraud_is_missed_no_more_often_than_the_bound_says() -> None:
 def test_what_was_drawn_is_trained_again_and_checked_without_us(audit: Audit) -> None:
     challenge_id = audit.open(audit.cosigned())
     key = audit.operator.public_key()
-    waiting = check(audit.document(challenge_id), key, audit.vkey)
+    waiting = check(audit.document(challenge_id), key, audit.vkey, audit.given)
     assert waiting.stages == len(waiting.drawn) == audit.world.recipe.shards
     assert set(waiting.outcomes.values()) == {None}
     with pytest.raises(ConflictError, match="another challenge"):
         audit.open(audit.cosigned())
     audit.replay_all()
-    unsigned = check(audit.document(challenge_id), key, audit.vkey)
+    unsigned = check(audit.document(challenge_id), key, audit.vkey, audit.given)
     assert unsigned.equal == 0  # not under a tree head yet
     audit.cosigned()
-    result = check(audit.document(challenge_id), key, audit.vkey)
+    result = check(audit.document(challenge_id), key, audit.vkey, audit.given)
     assert result.equal == len(result.drawn)
     assert (result.witness, result.cosigned, result.version) == (WITNESS, 1_000, 1)
     assert "p <= (1 - f)^2" in result.statement()
+    assert result.unseen(0.1) == unseen(0.1, 2)
     again = audit.open(audit.cosigned(), count=1)  # today's sample, and a challenge of today, hinder no other
     assert len(audit.document(again)["drawn"]) == 1
     with transaction(audit.world.pool) as connection:
@@ -173,9 +181,10 @@ def test_a_stage_that_was_trained_wrongly_is_seen(corrupted: tuple[Audit, list[s
     challenge_id = audit.open(audit.cosigned())
     audit.replay_all()
     audit.cosigned()
-    result = check(audit.document(challenge_id), audit.operator.public_key(), audit.vkey)
+    result = check(audit.document(challenge_id), audit.operator.public_key(), audit.vkey, audit.given)
     assert {stage for stage, outcome in result.outcomes.items() if outcome == "mismatch"} == set(planted)
     assert result.equal == len(result.drawn) - 1
+    assert (result.unseen(0.1), "bounds nothing" in result.statement()) == (1.0, True)
 
 
 def swap(entry: dict[str, Any], name: str, by: Callable[[str], str]) -> None:
@@ -188,7 +197,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "asked": (lambda d: d.update(asked=1), "other stages were drawn"),
     "order": (lambda d: d["drawn"].reverse(), "other stages were drawn"),
     "assembly": (lambda d: d["assembly"]["members"][0].update(stage="0" * 64), "not the one that was published"),
-    "model": (lambda d: d.update(model_id=9), "another model's"),
+    "model": (lambda d: d.update(model_id=9), "about another model"),
     "published": (lambda d: d.update(published=d["drawn"][0]["queued"]), "not version.published"),
     "swapped": (lambda d: d["drawn"][0].update(trained=d["drawn"][1]["trained"]), "not of stage"),
     "queued": (lambda d: d["drawn"][0].update(queued=d["drawn"][0]["trained"]), "not stage.queued"),
@@ -209,19 +218,54 @@ def test_whatever_is_changed_is_seen(audit: Audit) -> None:
     audit.replay_all()
     audit.cosigned()
     document, key = audit.document(challenge_id), audit.operator.public_key()
-    assert check(document, key, audit.vkey).equal == 2
+    assert check(document, key, audit.vkey, audit.given).equal == 2
     for damage, said in DAMAGE.values():
         damaged = copy.deepcopy(document)
         damage(damaged)
         with pytest.raises(ChallengeError, match=said):
-            check(damaged, key, audit.vkey)
+            check(damaged, key, audit.vkey, audit.given)
     other = Ed25519PrivateKey.generate().public_key()
     with pytest.raises(ChallengeError, match="take the key of the operator"):
-        check(document, other, audit.vkey)
+        check(document, other, audit.vkey, audit.given)
     with pytest.raises(ChallengeError, match="no cosignature"):
-        check(document, key, note.vkey(WITNESS, other, note.COSIGNATURE))
+        check(document, key, note.vkey(WITNESS, other, note.COSIGNATURE), audit.given)
     with pytest.raises(ChallengeError, match="C2SP"):
-        check(document, key, note.vkey(WITNESS, other))
+        check(document, key, note.vkey(WITNESS, other), audit.given)
+
+
+def test_the_operator_cannot_choose_which_cosignature_draws(audit: Audit) -> None:
+    """He holds many of an honest witness's: one challenge a head, and the one that draws what he likes is shown."""
+    asked = audit.cosigned()
+    first = audit.open(asked)
+    audit.replay_all()
+    second = audit.open(audit.cosigned())
+    audit.replay_all()
+    audit.cosigned()
+    key = audit.operator.public_key()
+    assert check(audit.document(second), key, audit.vkey, audit.given).equal == 2
+    with pytest.raises(ChallengeError, match="another cosignature"):
+        check(audit.document(second), key, audit.vkey, asked)
+    assert check(audit.document(first), key, audit.vkey, asked).equal == 2
+
+
+def test_another_models_events_count_for_nothing(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
+    challenge_id = audit.open(audit.cosigned())
+    audit.replay_all()
+    audit.cosigned()
+    document, key = audit.document(challenge_id), audit.operator.public_key()
+    stages = {each["stage"] for each in document["drawn"]}
+
+    def foreign(leaf: Leaf, opening: bytes) -> Any:
+        found = open_leaf(leaf, opening)
+        return {**found, "model_id": found["model_id"] + 1} if leaf.kind in wrong else found
+
+    monkeypatch.setattr("service.evidence.challenge.open_leaf", foreign)
+    for kind in ("version.published", "stage.queued", "stage.trained", "stage.replay_equal"):
+        wrong = {kind}
+        with pytest.raises(ChallengeError, match="about another model"):
+            check(document, key, audit.vkey, audit.given)
+    wrong = set[str]()
+    assert set(check(document, key, audit.vkey, audit.given).outcomes) == stages
 
 
 def test_a_replay_from_before_the_draw_counts_for_nothing(audit: Audit) -> None:
@@ -235,7 +279,7 @@ def test_a_replay_from_before_the_draw_counts_for_nothing(audit: Audit) -> None:
     audit.replay_all()
     audit.cosigned()
     document = audit.document(second)
-    assert check(document, audit.operator.public_key(), audit.vkey).equal == 2
+    assert check(document, audit.operator.public_key(), audit.vkey, audit.given).equal == 2
     with transaction(audit.world.pool) as connection:
         old = challenges.find_entry(
             connection,
@@ -257,7 +301,7 @@ def test_a_replay_from_before_the_draw_counts_for_nothing(audit: Audit) -> None:
         "proof": proof,
     }
     with pytest.raises(ChallengeError, match="older than the draw"):
-        check(document, audit.operator.public_key(), audit.vkey)
+        check(document, audit.operator.public_key(), audit.vkey, audit.given)
 
 
 def test_a_tree_head_that_is_too_old_or_of_a_fork_draws_nothing(audit: Audit) -> None:
@@ -273,6 +317,36 @@ def test_a_tree_head_that_is_too_old_or_of_a_fork_draws_nothing(audit: Audit) ->
     assert audit.open(audit.cosigned())
     with transaction(audit.world.pool) as connection, pytest.raises(NotFoundError, match="no such challenge"):
         challenges.document(connection, "tiny", uuid4())
+
+
+def test_deletions_publish_while_a_challenge_looks_up_its_stages(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
+    cosigned, real = audit.cosigned(), challenges.find_entry
+
+    def find_entry(*given: Any, **named: Any) -> Any:
+        monkeypatch.setattr(challenges, "find_entry", real)
+        with transaction(audit.world.pool) as other:
+            other.execute("SET LOCAL lock_timeout = '2s'")
+            model = models.lock_model(other, audit.world.model_id)
+            publish.publish(other, model, publish.candidate(other, model), cause="rebuild")
+        return real(*given, **named)
+
+    monkeypatch.setattr(challenges, "find_entry", find_entry)
+    with pytest.raises(ConflictError, match="published meanwhile"):
+        audit.open(cosigned)
+    assert audit.world.rows("SELECT * FROM challenge") == []
+
+
+def test_events_of_a_stage_are_found_by_an_index(audit: Audit) -> None:
+    audit.cosigned()
+    for kind, body, index in (
+        (EventKind.STAGE_QUEUED, {"stages": ["0" * 64]}, "event_pending_stage"),
+        (EventKind.VERSION_PUBLISHED, {"version": 1}, "event_pending_published"),
+    ):
+        values = {"model_id": 1, "kind": kind.value, "body": Jsonb(body), "first": 0, "stop": 10**9}
+        with transaction(audit.world.pool) as connection:
+            connection.execute("SET LOCAL enable_seqscan = off")
+            plan = connection.execute("EXPLAIN " + challenges.FIND_ENTRY, values).fetchall()
+        assert index in str(plan), plan
 
 
 def test_calls_refuse_with_what_to_do(api: Api) -> None:
@@ -294,10 +368,23 @@ def test_the_command_checks_a_file(
     challenge_id = audit.open(audit.cosigned())
     file, public, report = tmp_path / "c.json", tmp_path / "signing.pub", tmp_path / "replay.json"
     public.write_bytes(public_pem(audit.operator))
+    given = tmp_path / "cosigned"
+    given.write_text(audit.given)
 
     def run(*more: str) -> tuple[int, str]:
         file.write_text(json.dumps(audit.document(challenge_id)))
-        arguments = ["challenge", "verify", str(file), "--key", str(public), "--witness", audit.vkey, *more]
+        arguments = [
+            "challenge",
+            "verify",
+            str(file),
+            "--key",
+            str(public),
+            "--witness",
+            audit.vkey,
+            "--checkpoint",
+            str(given),
+            *more,
+        ]
         monkeypatch.setattr("sys.argv", ["expunge", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()

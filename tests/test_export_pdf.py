@@ -27,7 +27,7 @@ from service.domain.compliance import (
     YearCount,
 )
 from service.domain.errors import ConflictError, UnavailableError
-from service.evidence.certificate import issue
+from service.evidence.certificate import digest_of_envelope, issue
 from service.evidence.verify import verify
 from service.reports import certificate, compliance, pdf
 from service.reports.pdf import render
@@ -145,9 +145,12 @@ def test_a_certificate_is_one_page_with_the_signed_file_inside(evidence: Any) ->
     inside = json.loads(reader.attachments["certificate.json"][0])
     assert inside == envelope
     assert all(check.passed for check in verify(inside, PEM))
-    payload = base64.b64decode(envelope["payload"])
-    said = json.loads(payload)["predicate"]
-    assert hashlib.sha256(payload).hexdigest() in text.replace(" ", "")
+    said = json.loads(base64.b64decode(envelope["payload"]))["predicate"]
+    digest = hashlib.sha256(reader.attachments["certificate.json"][0]).hexdigest()
+    assert digest == digest_of_envelope(envelope)
+    assert digest in text.replace(" ", "")
+    assert reader.metadata is not None
+    assert reader.metadata["/Keywords"] == f"sha256:{digest}"
     for claim in said["claims"]:
         assert claim["strength"] in text
         for words in (claim["statement"], claim["must_be_trusted"]):

@@ -155,9 +155,9 @@ def test_a_zip_is_made_while_it_is_read() -> None:
 
 
 def test_the_readme_names_what_it_is_about() -> None:
-    text = readme(datetime(2026, 1, 1, tzinfo=UTC), None, None, empty=False)
+    text = readme(datetime(2026, 1, 1, tzinfo=UTC), None, None, empty=False, rotated=False)
     assert "from 2026-01-01T00:00:00.000000Z until this was made" in text
     assert "No request was received" not in text
-    assert "No request was received" in readme(None, None, None, empty=True)
-    assert str(UUID(int=7)) in readme(None, None, UUID(int=7), empty=False)
+    assert "No request was received" in readme(None, None, None, empty=True, rotated=False)
+    assert str(UUID(int=7)) in readme(None, None, UUID(int=7), empty=False, rotated=False)
     assert "{" not in text

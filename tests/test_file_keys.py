@@ -285,8 +285,44 @@ def test_another_installations_keys_are_refused(store: Artifacts, tmp_path: Path
     other.put("cells/a/1", b"x")
     with pytest.raises(FileKeysError, match="does not hold the keys of this artefact store"):
         Artifacts(store.files, keys_of(other))
-    assert Artifacts(Directory(tmp_path / "empty"), keys_of(store)).names(older_than=-60) == []
-    assert (tmp_path / "empty" / KEY_STORE).read_text() == keys_of(store).mark
+
+
+def test_keys_that_are_in_use_are_no_second_stores(store: Artifacts, tmp_path: Path) -> None:
+    """Its reaper would destroy them as nobody's. An unmounted artefact store looks like a second one, too."""
+    empty = Directory(tmp_path / "empty")
+    store.put("ledger/openings/000", SECRET)
+    with pytest.raises(FileKeysError, match="holds the keys of another artefact store"):
+        Artifacts(empty, keys_of(store))
+    assert empty.names(older_than=-60) == []
+    store.delete("ledger/openings/000")  # as after a start that died between the two marks: there is nothing to lose
+    assert Artifacts(empty, keys_of(store)).names(older_than=-60) == []
+    assert (empty.root / KEY_STORE).read_text() == keys_of(store).mark
+
+
+def test_an_artefact_store_that_is_not_there_is_not_an_empty_one(store: Artifacts, tmp_path: Path) -> None:
+    """Unmounted under a running program: nothing is absent, destroyed, nobody's or written into the empty directory."""
+    store.put("ledger/openings/000", SECRET)
+    keys, root = keys_of(store), store.files.root
+    for path in keys.root.rglob("*"):
+        os.utime(path, (0, 0))
+    root.rename(tmp_path / "elsewhere")
+    root.mkdir()
+    for call in (
+        lambda: store.get("ledger/openings/000"),
+        lambda: store.get("ledger/checkpoint"),
+        lambda: store.put("cells/b/1", b"x"),
+        lambda: store.exists("cells/b/1"),
+        lambda: store.names(older_than=-60),
+        lambda: store.names_below("ledger/openings"),
+        lambda: store.replace("ledger/checkpoint", b"x", expected=None),
+        lambda: store.destroy_stray_keys((), older_than=600),
+    ):
+        with pytest.raises(OSError, match="the artefact store is not there: mount it"):
+            call()
+    assert list(root.iterdir()) == []
+    root.rmdir()
+    (tmp_path / "elsewhere").rename(root)
+    assert store.get("ledger/openings/000") == SECRET
 
 
 @pytest.mark.parametrize("url", ["", "/plain/path", "s3://bucket/x", "file://"])

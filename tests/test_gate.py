@@ -1,5 +1,7 @@
 """The gate: what was rebuilt serves only within its bounds; no deactivation waits for it, or serves what it keeps."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from planned import recipe as toy_recipe
@@ -25,9 +27,11 @@ from world_copies import Bells, Copy
 
 from service.domain.errors import ConflictError
 from service.domain.release import Canary, Gate
-from service.store import gates, models, overrides, policies, preview, publish, work
+from service.domain.requests import Kind
+from service.store import gates, lifts, models, overrides, policies, preview, publish, work
 from service.store.artifacts import ArtifactMissingError
 from service.store.database import transaction
+from service.store.gates import Score
 from shards.logits import Logits
 from shards.rebuild import Policy
 from shards.recipe import Scale
@@ -104,6 +108,40 @@ def test_what_is_refused_never_serves_by_itself_and_stands_in_no_deletions_way(g
             best = publish.candidate(connection, model_of(gated), gated=True).assembly
         longed_for += not keys.isdisjoint(member.stage for member in best.members if member)
     assert longed_for  # there was something clean and better that the gate had refused
+
+
+def scored(scores: list[float]) -> Callable[..., Score]:
+    """Verdicts one after the other; what serves always scores 0.5."""
+    return lambda *_: Score(scores.pop(0), 0.5, 40)
+
+
+def gated_keys(world: Copy) -> set[str]:
+    return {key for (key,) in world.rows("SELECT stage_key FROM stage WHERE gated")}
+
+
+def test_what_was_refused_is_not_let_in_beside_the_next_that_passes(
+    gated: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would serve at once when that one is tainted, or when a lift brings it back."""
+    monkeypatch.setattr(gate, "measure", scored([0.4, 0.6]))
+    set_gate(gated, PASSING)
+    first, second, *_ = [in_cells(gated)[cell] for cell in sorted(in_cells(gated))]
+    delete(gated, first)
+    assert release(gated) is None
+    refused = gated_keys(gated)
+    restriction = gated.ask(second, kind=Kind.RESTRICT)
+    steps.plan_targets(gated.context, gated.model_id)
+    Barrier(gated.pool, margin=0.05).look()
+    passed = release(gated)
+    assert passed == model_of(gated).version
+    let_in = served(gated).digest
+    with transaction(gated.pool) as connection:
+        lifts.lift(connection, restriction, actor=gated.actor, reason_code="withdrawn")
+        best = publish.candidate(connection, model_of(gated), gated=True).assembly
+    assert not refused.isdisjoint(member.stage for member in best.members if member)  # clean, and the best again
+    assert served(gated).digest == let_in
+    steps.publish_model(gated.context, gated.model_id)
+    assert gated.row("SELECT state FROM gate WHERE assembly = %s", best.digest) == ("evaluating",)
 
 
 def test_an_operator_may_serve_what_was_refused(gated: Copy) -> None:

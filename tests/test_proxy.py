@@ -176,6 +176,23 @@ def test_a_canary_answers_beside_the_stable_version(toy: Toy, behind: Upstream) 
         assert behind.names() == {f"toy@{floor}"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_behind_that_fails_on_the_canary_ends_it(toy: Toy, behind: Upstream, stream: bool) -> None:
+    body = {"model": "toy", "prompt": "x", "max_tokens": 1, "stream": stream}
+    with proxy(toy, behind) as (client, _):
+        start(toy, "a", None)
+        wait_until(lambda: "toy@2" in behind.names())
+        behind.fault(status=500)
+
+        def ended() -> bool:
+            answer = client.post("/v1/completions", json=body, headers={"x-expunge-canary": "true"})
+            assert answer.status_code == 502
+            return bool(toy.events("canary.aborted"))
+
+        wait_until(ended)
+        assert toy.events("canary.aborted") == [{"version": 2, "actor": None, "reason_code": "engine_failed"}]
+
+
 def test_without_a_live_shard_it_says_so_and_asks_nobody(toy: Toy, behind: Upstream) -> None:
     with proxy(toy, behind) as (client, _):
         toy.publish(None, None, taint=1)

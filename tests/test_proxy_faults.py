@@ -213,6 +213,11 @@ def test_a_damaged_artefact_keeps_the_old_version_and_says_so(toy: Toy, behind: 
         wait_until(lambda: client.get("/readyz").json()["models"][0]["problem"], seconds=10)
         assert complete(client, max_tokens=1).headers["x-expunge-version"] == "1"
         assert behind.names() == {"toy@1"}
-        with toy.connect() as connection:
-            query = "select state from artifact where stage_key = %s"
-            assert connection.execute(query, (toy.stages["a"][0],)).fetchone() == ("lost",)
+
+        def state() -> str:
+            with toy.connect() as connection:
+                query = "select state from artifact where stage_key = %s"
+                (found,) = connection.execute(query, (toy.stages["a"][0],)).fetchone() or ("",)
+            return found
+
+        wait_until(lambda: state() == "lost")  # the report follows the problem

@@ -1,156 +1,24 @@
 """Restore: whatever of database, artefact store and high-water file is older, what was deleted stays deleted."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
 
-import psycopg
 import pytest
-from conftest import Server
-from world_copies import Copy
+from restore_kit import Installation
 from world_requests import deactivate, stored
 
-from service.domain.errors import InvalidInputError
 from service.domain.requests import Kind
-from service.evidence.keys import load_key_set
 from service.evidence.tree_head import ForkError, read_head
-from service.store import holds, mirror, restore_rows, restores, vetting
-from service.store.database import Pool, QuarantineError, make_pool, transaction
-from service.store.ledger_files import LedgerFiles
+from service.store import restore_rows, restores, vetting
+from service.store.database import QuarantineError, transaction
 from service.store.vetting import BehindError, StoreBehindError
 from workers import steps
-from workers.restore import Report, Stores, restore
 from workers.restore_survey import RestoreError
-from workers.sequencer import Sequencer
 
-pytest_plugins = ("world_fixtures",)
+pytest_plugins = ("world_fixtures", "restore_fixtures")
 pytestmark = pytest.mark.integration
-
-
-@contextmanager
-def owner_pool(url: str) -> Iterator[Pool]:
-    pool = make_pool(url, size=4, options=restores.MODE)
-    pool.open()
-    try:
-        yield pool
-    finally:
-        pool.close()
-
-
-class Installation:
-    """A small installation whose stores are put back to earlier states."""
-
-    def __init__(self, world: Copy, server: Server, directory: Path) -> None:
-        self.world = world
-        self.server = server
-        self.directory = directory
-        self.keys = directory / "own-keys"
-        shutil.copytree(world.context.settings.keys_dir, self.keys)
-        self.high_water = directory / "high-water"
-        changes = {
-            "keys_dir": self.keys,
-            "ledger_high_water": self.high_water,
-            "lease_ttl_ms": 200,
-            "lease_margin_ms": 20,
-        }
-        world.context = type(world.context)(
-            world.context.settings.model_copy(update=changes),
-            world.context.pool,
-            world.context.artifacts,
-            world.context.bell,
-        )
-        self.copies: list[str] = []
-
-    def log(self) -> int:
-        """Number, sign and write what happened; the ledger's size."""
-        sequencer = Sequencer(self.world.pool, self.world.context.artifacts, self.world.context.settings)
-        sequencer.sequence()
-        head = sequencer.publish()
-        assert head is not None
-        return head.size
-
-    def delete(self, subject: str) -> UUID:
-        request_id = deactivate(self.world, subject, Kind.ERASE)
-        self.world.finish(request_id)
-        assert self.world.shown(request_id) == ("completed", "erased")
-        return request_id
-
-    def backup(self) -> str:
-        """A copy of the database as it is."""
-        name = f"backup_{uuid4().hex}"
-        self.world.pool.close()
-        self.server.create(name, template=self.database)
-        self.reopen()
-        self.copies.append(name)
-        return name
-
-    def put_back(self, backup: str) -> None:
-        """The database is dropped, and the backup takes its place."""
-        self.world.pool.close()
-        self.server.drop(self.database)
-        self.server.create(self.database, template=backup)
-        self.reopen()
-
-    @property
-    def database(self) -> str:
-        return psycopg.conninfo.conninfo_to_dict(self.world.owner_url)["dbname"]  # type: ignore[return-value]
-
-    def reopen(self) -> None:
-        settings = self.world.context.settings
-        pool = make_pool(settings.database_url, size=8)
-        pool.open()
-        context = self.world.context
-        self.world.context = type(context)(settings, pool, context.artifacts, context.bell)
-
-    def restore(self, **options: Any) -> Report:
-        with owner_pool(self.world.owner_url) as pool:
-            keys = load_key_set(self.keys)
-            stores = Stores(self.world.context.settings, pool, self.world.context.artifacts, keys)
-            return restore(stores, **({"checkpoint": None, "accept_loss": False, "tell": print} | options))
-
-    def vet(self) -> None:
-        """What every start does."""
-        vetting.vet(self.world.pool, LedgerFiles(self.world.context.artifacts), self.high_water)
-
-    def require_shut(self) -> None:
-        """Nothing is taken in, registered or renewed."""
-        with pytest.raises(QuarantineError, match="expunge restore"):
-            self.world.ask("s1")
-        for statement in (
-            "INSERT INTO event_pending (kind, body) VALUES ('a.b', '{}')",
-            "INSERT INTO lease SELECT gen_random_uuid(), 1, 'x', 1, 1, 2000",
-            "UPDATE lease SET covers = covers",
-        ):
-            with pytest.raises(QuarantineError), transaction(self.world.pool) as connection:
-                connection.execute(statement.encode())
-
-    def state(self) -> dict[str, list[tuple[Any, ...]]]:
-        """What the ledger must be able to rebuild, by table, without what is not in it."""
-        with psycopg.connect(self.world.owner_url) as connection:
-            return {name: rows(connection, name) for name in mirror.TABLES if name not in NOT_REBUILT}
-
-
-NOT_REBUILT = {"record", "subject_prior", "subject", "subject_alias"}
-"""Who was ingested."""
-
-
-def rows(connection: psycopg.Connection, table: str) -> list[tuple[Any, ...]]:
-    """The mirrored columns of a table: those that its triggers name."""
-    source = connection.execute("SELECT prosrc FROM pg_proc WHERE proname = %s", (f"mirror_{table}",)).fetchone()
-    assert source
-    columns = source[0].split("(SELECT ", 1)[1].split(" FROM", 1)[0]
-    return connection.execute(f"SELECT {columns} FROM {table} ORDER BY 1, 2".encode()).fetchall()
-
-
-@pytest.fixture
-def installation(world: Copy, postgres: Server, tmp_path: Path) -> Iterator[Installation]:
-    found = Installation(world, postgres, tmp_path)
-    yield found
-    for name in found.copies:
-        postgres.drop(name)
 
 
 def files(found: Installation) -> Path:
@@ -192,36 +60,6 @@ def test_a_database_from_before_a_deletion_learns_of_it_again(installation: Inst
     installation.log()
     skipped = world.add({"s1": ["s1-again"]})
     assert (skipped.accepted, skipped.skipped) == (0, 1)
-
-
-def test_a_database_that_is_gone_is_rebuilt_from_the_files(installation: Installation, migrated_template: str) -> None:
-    world = installation.world
-    first = installation.delete("s1")
-    with transaction(world.pool) as connection:
-        holds.place(connection, world.line(0, "s4", "x").owner, actor=world.actor, reason_code="litigation")
-    restricted = deactivate(world, "s5", Kind.RESTRICT)
-    installation.log()
-    before, payloads = installation.state(), len(stored(world))
-    installation.put_back(migrated_template)
-    with pytest.raises(BehindError):
-        installation.vet()
-    installation.require_shut()
-    with pytest.raises(RestoreError, match="nobody knows whose they are"):
-        installation.restore()
-    assert installation.state() == before
-    installation.require_shut()
-    report = installation.restore(accept_loss=True)
-    assert report.records == payloads
-    assert report.certificates == [str(first)]
-    assert report.keys == [world.actor]
-    assert stored(world) == set()
-    assert world.shown(first) == ("completed", "erased")
-    assert world.shown(restricted)[0] == "deactivated"
-    assert world.rows("SELECT 1 FROM artifact WHERE state = 'live'") == []
-    skipped = world.add({"s1": ["s1-again"], "s6": ["s6-again"]})
-    assert (skipped.accepted, skipped.skipped) == (1, 1)
-    with pytest.raises(InvalidInputError, match="never comes back"):
-        world.add({"s9": ["s1r0"]})
 
 
 def test_an_artefact_store_from_before_a_deletion_loses_it_again(installation: Installation) -> None:
@@ -323,7 +161,7 @@ def test_nothing_to_mend_opens_what_was_shut(installation: Installation) -> None
     installation.world.ask("s1")
 
 
-KILLED = ("replay", "begin", "end_leases", "skip_versions", "open_again")
+KILLED = ("replay", "begin", "add_recovered", "end_leases", "skip_versions", "open_again")
 
 
 @pytest.mark.parametrize("place", KILLED)
@@ -332,6 +170,7 @@ def test_a_restore_that_dies_goes_on(installation: Installation, monkeypatch: py
     world = installation.world
     installation.log()
     backup = installation.backup()
+    world.add({"s5": ["s5-more"]})
     request_id = installation.delete("s1")
     for number in range(6, 20):
         world.ask(f"s{number}")
@@ -354,7 +193,7 @@ def test_a_restore_that_dies_goes_on(installation: Installation, monkeypatch: py
         installation.restore()
     with pytest.raises(QuarantineError):
         world.ask("s3")
-    installation.restore()
+    assert installation.restore().recovered == 1
     assert installation.state()["tombstone"] == before["tombstone"]
     assert world.shown(request_id) == ("completed", "erased")
     world.no_trace_of(request_id)

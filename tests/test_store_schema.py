@@ -24,6 +24,7 @@ FRAGMENTS = {
     "datasets.COLUMNS": "a list of columns",
     "models.COLUMNS": "a list of columns",
     "gates.COLUMNS": "a list of columns",
+    "admissions.IN_ASSEMBLY": "a condition",
     "stages.HOLDS": "a condition",
     "stages.TAINTED_CELL": "a condition",
     "work.BACKOFF": "a condition",

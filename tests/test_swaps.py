@@ -1,6 +1,7 @@
 """Swaps of real model server processes: nothing fails, nothing is stale, the old weights are gone."""
 
 import itertools
+import json
 import threading
 import time
 import uuid
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import Database
 from key_store import open_local
-from serving_kit import Client, Toy, serving, wait_until
+from serving_kit import Client, Toy, ToyEngine, serving, wait_until
 from serving_process import HEAVY, TTL, Server, barrier, cleared, deactivated, put_out, replica
 from tiny import tiny_backbone, tiny_recipe, tiny_records
 
@@ -228,3 +229,60 @@ def test_a_load_that_only_takes_its_time_is_no_failure(toy: Toy) -> None:
         toy.publish("a", "c", cause="rebuild")
         wait_until(lambda: client.version() == 2)
         assert 'result="kept_old"' not in client.get("/metrics").text
+
+
+def test_a_new_version_serves_before_what_is_only_in_reserve_is_loaded(toy: Toy) -> None:
+    """A rebuild trains spare orders, too: nobody waits for them."""
+    toy.publish("a", None, cause="train")
+    opened = threading.Event()
+
+    class Slow(ToyEngine):
+        def load(self, digest: str, data: bytes) -> None:
+            if json.loads(data)["name"].startswith("spare"):
+                opened.wait()
+            super().load(digest, data)
+
+    with serving(toy, factory=Slow) as (client, _):
+        try:
+            for name in ("spare1", "c", "spare2"):
+                toy.add_toy_stage(name, 5.0, shard=1)
+            toy.publish("a", "c", cause="rebuild")
+            wait_until(lambda: client.version() == 2)
+        finally:
+            opened.set()
+
+
+def test_a_loader_outlives_whatever_an_engine_does(toy: Toy) -> None:
+    toy.publish("a", None, cause="train")
+    failures = iter([RuntimeError("not enough of something"), KeyError("a stage")])
+
+    class Poor(ToyEngine):
+        def load(self, digest: str, data: bytes) -> None:
+            if json.loads(data)["name"] == "c" and (failure := next(failures, None)):
+                raise failure
+            super().load(digest, data)
+
+    with serving(toy, factory=Poor) as (client, _):
+        toy.add_toy_stage("c", 5.0, shard=1)
+        toy.publish("a", "c", cause="rebuild")
+        wait_until(lambda: client.version() == 2)
+
+
+def test_a_server_that_starts_is_ready_when_its_reserve_is_loaded(toy: Toy) -> None:
+    toy.publish("a", None, cause="train")
+    loading, opened = threading.Event(), threading.Event()
+
+    class Slow(ToyEngine):
+        def load(self, digest: str, data: bytes) -> None:
+            if json.loads(data)["name"] == "b":
+                loading.set()
+                opened.wait()
+            super().load(digest, data)
+
+    with serving(toy, factory=Slow, ready=False) as (client, _):
+        try:
+            assert loading.wait(20)
+            assert not client.ready()
+        finally:
+            opened.set()
+        wait_until(client.ready)

@@ -145,9 +145,7 @@ class Barrier:
     def _commit(self, model_id: int, floor: int, expired: dict[UUID, int], server: Server) -> bool:
         def step() -> barrier.Declared | None:
             with transaction(self._pool) as connection:
-                if not barrier.is_still(connection, server):
-                    return None
-                return barrier.declare(connection, model_id, floor, expired=expired)
+                return barrier.declare(connection, model_id, floor, expired=expired, server=server)
 
         declared = retrying(step)
         if declared is not None and declared.fenced:

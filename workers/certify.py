@@ -7,6 +7,7 @@ import structlog
 from service.evidence.certificate import digest_of_envelope, issue
 from service.evidence.events import EventKind
 from service.evidence.keys import load_signing_key, public_pem
+from service.evidence.signers import prove
 from service.evidence.tiles import CHECKPOINT
 from service.evidence.verify import verify
 from service.store import certificates, events, evidence, objects, targets, told
@@ -24,11 +25,16 @@ class UnverifiedError(Exception):
 def certify_target(context: Context, request_id: UUID, model_id: int) -> bool:
     """Issue the certificate of an erased or restricted target; False when it is not this target's turn.
 
-    It waits until the target's events are in the published ledger, tiles and all (rule 17); the relay rings again.
+    It waits until the target's events are in the published ledger, tiles and all (rule 17), and while the signing key
+    does not answer; the relay rings again.
     Signed twice after a crash, stored once: the row is unique, and its payload comes from committed rows only.
     """
     checkpoint = published(context)
-    if checkpoint is None or not _begin(context, request_id, model_id, checkpoint):
+    if checkpoint is None:
+        return False
+    key = load_signing_key(context.settings.keys_dir / "signing.pem")
+    prove(key)  # ahead of the count: a key that does not answer uses up no attempt
+    if not _begin(context, request_id, model_id, checkpoint):
         return False
     if not _look_again(context, request_id, model_id):
         return False
@@ -42,7 +48,6 @@ def certify_target(context: Context, request_id: UUID, model_id: int) -> bool:
         )
     if found is None:
         return False
-    key = load_signing_key(context.settings.keys_dir / "signing.pem")
     envelope = issue(found, key)
     if refused := [f"{check.name} ({check.detail})" for check in verify(envelope, public_pem(key)) if not check.passed]:
         raise UnverifiedError(f"the certificate would not verify: {', '.join(refused)}")

@@ -5,7 +5,7 @@ A deactivation takes none of these steps: it serves what is clean and was let in
 
 from datetime import datetime
 
-from service.store import canaries, gates, publish
+from service.store import admissions, canaries, gates, publish
 from service.store.database import Connection
 from service.store.models import Model
 from service.store.publish import Candidate
@@ -22,7 +22,8 @@ def release(connection: Connection, model: Model) -> Released:
         return None, None
     if found.assembly.digest == found.served:
         if model.stable is None and not found.pinned:
-            gates.admit(connection, model.model_id)  # spares: nothing that serves would change
+            # Spares: nothing that serves would change.
+            admissions.admit(connection, model.model_id, found.assembly.digest)
         return None, None
     if found.pinned or not (model.gate or model.canary):
         return _serve(connection, model, found), None
@@ -58,6 +59,6 @@ def let_in(connection: Connection, model: Model, found: Candidate, *, until: dat
 
 def _serve(connection: Connection, model: Model, found: Candidate, until: datetime | None = None) -> int:
     if not found.pinned:
-        gates.admit(connection, model.model_id, until=until)
+        admissions.admit(connection, model.model_id, found.assembly.digest, until=until)
         gates.mark(connection, model.model_id, found.assembly.digest, "admitted")
     return publish.publish(connection, model, found, cause="rebuild" if model.version else "train")

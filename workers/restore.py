@@ -43,6 +43,8 @@ class Report:
     """Objects that no row knows."""
     stages: int = 0
     """Files of stages that had learnt a record that is erased, or that is lost."""
+    recovered: int = 0
+    """Records that the database had lost and payload files gave back, with whom they concern."""
     records: int = 0
     """Records that must be uploaded again."""
     losses: list[Loss] = field(default_factory=list[Loss])
@@ -175,11 +177,12 @@ def _mend(stores: Stores, found: Survey, *, accept_loss: bool, tell: Tell) -> Re
     """Steps 4 and 5: files and rows say the same, and neither holds what a deletion took."""
     compared = restore_objects.compare_cells(stores.pool, stores.artifacts)
     strangers, lost = sum(len(each.strangers) for each in compared), sum(len(each.lost) for each in compared)
-    if (strangers or lost) and not accept_loss:
+    unreadable = sum(each.unreadable for each in compared)
+    if (strangers or lost or unreadable) and not accept_loss:
         raise RestoreError(
-            f"{strangers} records were uploaded after the database's backup, so that nobody knows whose they are, and"
-            f" {lost} records have lost their payload. Both have to leave, with what was trained on them, and may be"
-            " uploaded again. Restore a newer backup of the store that is older; or go on, --accept-loss"
+            f"of {strangers} records nobody knows whose they are, {lost} have lost their payload, and {unreadable}"
+            " payload files are missing or damaged. What they held has to leave, with what was trained on it, and may"
+            " be uploaded again. Restore a newer backup of the store that is older; or go on, --accept-loss"
         )
     redestroyed = restore_objects.destroy_again(stores.pool, stores.artifacts)
     for each in compared:
@@ -190,13 +193,15 @@ def _mend(stores: Stores, found: Survey, *, accept_loss: bool, tell: Tell) -> Re
     tell(f"{redestroyed} objects were destroyed again, {stages} of tainted stages, {strays} that no row knows")
     tell(f"{lost_files} files of stages are missing and will be trained again")
     with transaction(stores.pool) as connection:
+        progress = vetting.get(connection).progress or {}
         return Report(
             found,
-            replayed=int((vetting.get(connection).progress or {}).get("replayed", 0)),
+            replayed=int(progress.get("replayed", 0)),
             redestroyed=redestroyed,
             lost=lost_files,
             strays=strays,
             stages=stages,
+            recovered=int(progress.get("recovered", 0)),
             records=strangers + lost,
             losses=restores.list_losses(connection),
             certificates=restore_rows.list_uncertified(connection),
@@ -242,7 +247,7 @@ def _complete(stores: Stores, report: Report) -> None:
     counts: dict[str, Any] = {
         name: value
         for name, value in asdict(report).items()
-        if name in {"replayed", "redestroyed", "lost", "strays", "stages", "records"}
+        if name in {"replayed", "redestroyed", "lost", "strays", "stages", "recovered", "records"}
     }
     with transaction(stores.pool) as connection:
         events.append(

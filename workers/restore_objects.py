@@ -3,17 +3,18 @@
 from dataclasses import dataclass, field
 from uuid import UUID
 
+import psycopg
 import structlog
 
 from service.evidence.events import EventKind
-from service.store import cells, events, jobs, objects, payloads, priors, restore_rows
+from service.store import cells, events, jobs, objects, payloads, priors, restore_records, restore_rows, restores
 from service.store.artifacts import ArtifactMissingError, Artifacts
 from service.store.cells import Cell
 from service.store.database import Connection, Pool, transaction
 from service.store.ledger_files import is_ledger_file
 from service.store.payloads import StoredRecord
 from shards.digest import sha256_hex
-from shards.errors import ArtifactDigestError
+from shards.errors import ArtifactDigestError, ManifestMismatchError
 from workers.erase import destroy
 
 log = structlog.get_logger()
@@ -26,7 +27,7 @@ class Settled:
     cell: Cell
     kept: list[StoredRecord]
     strangers: list[StoredRecord]
-    """Payloads of nobody known: ingested after the database's backup, so nobody could ask for their deletion."""
+    """Payloads of nobody known, and their file does not say whose they are, or not what the ledger says of the cell."""
     erased: list[StoredRecord]
     """Payloads that a deletion had removed."""
     lost: list[restore_rows.KnownRecord] = field(default_factory=list[restore_rows.KnownRecord])
@@ -88,7 +89,7 @@ def remove_strays(pool: Pool, artifacts: Artifacts) -> int:
 
 
 def compare_cells(pool: Pool, artifacts: Artifacts) -> list[Settled]:
-    """Every cell beside its file."""
+    """Every cell beside its file, once the rows that the database lacks are back from there."""
     with transaction(pool) as connection:
         every = restore_rows.list_cells(connection)
     return [_compare(pool, artifacts, cell) for cell in every]
@@ -150,11 +151,13 @@ def _doom(connection: Connection, keys: list[str]) -> None:
 
 def _compare(pool: Pool, artifacts: Artifacts, cell: Cell) -> Settled:
     with transaction(pool) as connection:
-        known = {each.record_id: each for each in restore_rows.list_records(connection, cell.cell_id)}
-        erased = restore_rows.list_erased_records(connection, cell.cell_id)
         digest = restore_rows.find_digest(connection, cell.object_name) if cell.object_name else None
     data = _read(artifacts, cell.object_name, digest) if cell.object_name else None
     stored = payloads.decode(data) if data is not None else []
+    _recover(pool, cell, stored)
+    with transaction(pool) as connection:
+        known = {each.record_id: each for each in restore_rows.list_records(connection, cell.cell_id)}
+        erased = restore_rows.list_erased_records(connection, cell.cell_id)
     there: set[UUID] = {each.record.record_id for each in stored}
     return Settled(
         cell,
@@ -164,6 +167,15 @@ def _compare(pool: Pool, artifacts: Artifacts, cell: Cell) -> Settled:
         lost=[each for record_id, each in known.items() if record_id not in there],
         unreadable=cell.object_name is not None and data is None,
     )
+
+
+def _recover(pool: Pool, cell: Cell, stored: list[StoredRecord]) -> None:
+    """Bring back the rows that the database lacks: all, or none where they do not fit what the ledger says."""
+    try:
+        with transaction(pool) as connection:
+            restores.add_recovered(connection, restore_records.insert_missing(connection, cell, stored))
+    except (psycopg.IntegrityError, ManifestMismatchError) as error:
+        log.warning("restore.records_contradict", cell_id=cell.cell_id, error=type(error).__name__)
 
 
 def _read(artifacts: Artifacts, name: str, digest: str | None) -> bytes | None:

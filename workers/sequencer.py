@@ -14,6 +14,7 @@ from service.domain.errors import UnavailableError
 from service.evidence.events import EventKind
 from service.evidence.keys import keyid, load_signing_key
 from service.evidence.merkle import TILE_WIDTH
+from service.evidence.signers import SigningKey
 from service.evidence.tiles import Tile
 from service.evidence.tree_head import ForkError, TreeHead, read_head, sign_head
 from service.settings import Settings
@@ -46,6 +47,7 @@ class Sequencer:
         self._pool = pool
         self._files = LedgerFiles(artifacts)
         self._settings = settings
+        self._key_file = settings.keys_dir / "signing.pem"
         self._high_water = settings.ledger_high_water or settings.keys_dir / "tree-head"
         self._vetted = False
         self._resting: dict[str, float] = {}
@@ -85,18 +87,21 @@ class Sequencer:
         with transaction(self._pool) as connection:
             before = vetting.get(connection)  # ahead of the files: what another publishes meanwhile is no loss
         seen = vetting.see(self._files, self._high_water)
+        key = load_signing_key(self._key_file)  # ahead of the leaves: what an older key signed is known by then
         try:
             with transaction(self._pool) as connection:
-                signed = self._sign(connection, seen)
+                found = self._find(connection, seen, key)
                 vetting.require_store(before, seen)
+            if found is None:
+                return None
+            head, kept = found
+            note = kept or self._sign(head, key)
         except (BehindError, StoreBehindError, ForkError) as error:
             vetting.shut(self._pool, str(error))
             raise
-        if signed is None:
-            return None
-        head, note = signed
-        kept = seen.high_water == note.encode()
-        if not kept and not write_high_water(self._high_water, note, expected=seen.high_water):
+        if note is None:
+            return self.publish()
+        if seen.high_water != note.encode() and not write_high_water(self._high_water, note, expected=seen.high_water):
             return head  # another program keeps and publishes its own
         written = read_head(seen.published.decode()).size if seen.published is not None else 0
         if written < head.size:
@@ -143,9 +148,8 @@ class Sequencer:
 
         return retrying(step)
 
-    def _sign(self, connection: Connection, seen: Seen) -> tuple[TreeHead, str] | None:
-        """The head over all leaves and its checkpoint; what was signed before is found again, never signed anew."""
-        rotation.lock_signing(connection)  # then read: the key that signs, and how far the one before it did
+    def _find(self, connection: Connection, seen: Seen, key: SigningKey) -> tuple[TreeHead, str | None] | None:
+        """The head over all leaves, and its checkpoint where one is kept: nothing is signed anew."""
         last = ledger.find_tree_head(connection)
         current = ledger.get_head(connection)
         known = {(head.size, head.root) for head in seen.heads}
@@ -154,15 +158,24 @@ class Sequencer:
         tree = vetting.require_agreement(connection, current, last, seen)
         if current.size == 0:
             return None
-        root = tree.root()
         origins = [head.origin for head in (*([read_head(last.note)] if last else []), *seen.heads)]
-        key = load_signing_key(self._settings.keys_dir / "signing.pem")
         origin = (*origins, self._settings.ledger_origin or f"expunge/{keyid(key)[:16]}")[0]
-        head = TreeHead(origin, current.size, root)
-        kept = ledger.insert_tree_head(connection, head.size, root, sign_head(head, key))
-        if kept.root != root:
-            raise ForkError(read_head(kept.note), head)
-        return head, kept.note
+        head = TreeHead(origin, current.size, tree.root())
+        if last is None or last.size < head.size:
+            return head, None
+        return head, _same(last, head)
+
+    def _sign(self, head: TreeHead, key: SigningKey) -> str | None:
+        """The checkpoint that is kept for the head; None where another key signs since.
+
+        The key may lie behind a network, so it signs ahead of the transaction.
+        """
+        note = sign_head(head, key)
+        with transaction(self._pool) as connection:
+            rotation.lock_signing(connection)
+            if keyid(load_signing_key(self._key_file)) != keyid(key):
+                return None
+            return _same(ledger.insert_tree_head(connection, head.size, head.root, note), head)
 
     def _read(self, tiles: Sequence[Tile]) -> list[bytes]:
         with transaction(self._pool) as connection:
@@ -178,6 +191,12 @@ class Sequencer:
                 raise
             self._resting[what] = time.monotonic() + REFUSED_SECONDS
             log.critical("ledger.refused", step=what, type=type(error).__name__, error=str(error))
+
+
+def _same(kept: ledger.SignedHead, head: TreeHead) -> str:
+    if kept.root != head.root:
+        raise ForkError(read_head(kept.note), head)
+    return kept.note
 
 
 def _hashes(connection: Connection, tile: Tile) -> list[bytes]:

@@ -25,7 +25,7 @@ CREATE TABLE certificate_supplement (
 CREATE TABLE certificate_open (
     request_id uuid NOT NULL,
     model_id bigint NOT NULL,
-    what text NOT NULL CHECK (what IN ('sweep', 'process', 'export', 'rebuild')),
+    what text NOT NULL CHECK (what IN ('sweep', 'process', 'export', 'rebuild', 'lift')),
     name text NOT NULL,  -- of a sweep its number, of a process or an export its id
     due_at timestamptz NOT NULL,  -- not looked at before
     PRIMARY KEY (request_id, model_id, what, name),

@@ -28,6 +28,8 @@ GRANT SELECT, INSERT ON challenge TO expunge_app;
 ALTER TABLE replay ADD COLUMN challenge_id uuid REFERENCES challenge;
 ALTER TABLE replay DROP CONSTRAINT replay_model_id_drawn_on_stage_key_key;
 CREATE UNIQUE INDEX replay_day ON replay (model_id, drawn_on, stage_key) WHERE challenge_id IS NULL;
+-- How a challenge finds what the ledger says of a stage.
+CREATE INDEX event_pending_stage ON event_pending USING gin (body jsonb_path_ops) WHERE kind LIKE 'stage.%';
 CREATE UNIQUE INDEX replay_challenge ON replay (challenge_id, stage_key) WHERE challenge_id IS NOT NULL;
 """
 

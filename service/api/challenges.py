@@ -59,7 +59,7 @@ def list_challenges(name: NamePath, here: Here, _caller: Auditor) -> dict[str, A
 def get_challenge(name: NamePath, challenge_id: UUID, here: Here, _caller: Auditor) -> dict[str, Any]:
     """The challenge with leaves, openings and proofs; `outcome` is null while a stage waits for its replay.
 
-    It is checked without us: `expunge challenge verify FILE --key signing.pub --witness VKEY`.
+    It is checked without us: `expunge challenge verify FILE --key signing.pub --witness VKEY --checkpoint cosigned`.
     """
     with transaction(here.pool) as connection:
         return challenges.document(connection, name, challenge_id)

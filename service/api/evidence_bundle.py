@@ -49,10 +49,9 @@ def bundle_files(here: Context, connection: Connection, chosen: Range, rows: Ite
     head = ledger.find_tree_head(connection)
     # Only there once the key was changed: leads from the key that an auditor trusts to the newest.
     key_set = [File("keys.json", lambda: [keys.read_bytes()])] if (keys := directory / "keys.json").is_file() else []
+    text = readme(chosen.since, chosen.until, chosen.request_id, empty=first is None, rotated=bool(key_set))
     fixed = [
-        File(
-            "README.md", lambda: [readme(chosen.since, chosen.until, chosen.request_id, empty=first is None).encode()]
-        ),
+        File("README.md", lambda: [text.encode()]),
         File("signing.pub", lambda: [key]),
         *key_set,
         File("requests.jsonl", lambda: write_jsonl(RequestRow, found)),

@@ -11,7 +11,7 @@ from service.cli.client import Client
 from service.cli.output import STATE, AsJson, CommandError, StateDir, show, table
 from service.cli.request_commands import segment
 from service.domain.replays import ReplayOutcome
-from service.evidence.challenge import ChallengeError, Result, check, unseen
+from service.evidence.challenge import ChallengeError, Result, check
 from service.evidence.keys import KeyFileError, load_public_key
 
 app = typer.Typer(name="challenge", help="Challenge audits: stages drawn by a witness are trained again.")
@@ -68,6 +68,9 @@ def verify_challenge(
     file: Annotated[Path, typer.Argument(help="What `expunge challenge fetch` saved.")],
     key: Annotated[Path, typer.Option(help="The operator's public key (PEM), from somewhere else than the file.")],
     witness: Witness,
+    checkpoint: Annotated[
+        Path, typer.Option(help="What the challenge was opened with, as you kept it: nobody may choose another.")
+    ],
     replayed: Annotated[
         Path | None, typer.Option(help="What `expunge replay --json` printed where you replayed them yourself.")
     ] = None,
@@ -75,7 +78,8 @@ def verify_challenge(
 ) -> None:
     """Check a challenge without the operator. Exit code 0 only if each drawn stage gave the same bits again."""
     try:
-        result = check(json.loads(_read(file)), load_public_key(_read(key)), witness)
+        given = _read(checkpoint).decode(errors="replace")
+        result = check(json.loads(_read(file)), load_public_key(_read(key)), witness, given)
         derived = _derived(result, json.loads(_read(replayed))) if replayed is not None else frozenset[str]()
     except KeyFileError as error:
         raise CommandError(f"{key}: {error}") from None
@@ -105,7 +109,8 @@ def _lines(result: Result, derived: frozenset[str]) -> list[str]:
     lines = [
         f"ok  checked offline     {result.witness} cosigned {result.head} at {when}",
         f"ok  checked offline     version {result.version} with all its {result.stages} stages was published before",
-        f"ok  checked offline     it draws these {len(result.drawn)}: keys logged before training, digests after it",
+        f"ok  checked offline     it draws these {len(result.drawn)}, of {result.asked} asked for",
+        "ok  checked offline     their keys were logged before training, their digests after it",
     ]
     for stage, outcome in result.outcomes.items():
         strength = "re-derived" if stage in derived else "signed by operator"
@@ -125,12 +130,13 @@ def _as_json(result: Result, derived: frozenset[str]) -> dict[str, Any]:
         "cosigned": result.cosigned,
         "version": result.version,
         "stages": result.stages,
+        "asked": result.asked,
         "drawn": [
             {"stage": stage, "digest": result.drawn[stage], "outcome": outcome, "re_derived": stage in derived}
             for stage, outcome in result.outcomes.items()
         ],
         "equal": result.equal,
-        "unseen_at_a_tenth": unseen(0.1, result.equal),
+        "unseen_at_a_tenth": result.unseen(0.1),
         "statement": result.statement(),
     }
 

@@ -14,12 +14,15 @@ from service.evidence.keys import (
     Handover,
     KeyFileError,
     KeySet,
+    held_pem,
     keyid,
+    load_public_key,
     load_signing_key,
+    parse_signing_key,
     private_pem,
-    public_pem,
     read_key_set,
 )
+from service.evidence.signers import SigningKey, prove
 
 if TYPE_CHECKING:
     from service.store.database import Pool
@@ -49,8 +52,16 @@ def show_keys(
 
 
 @app.command("rotate")
-def rotate(*, state: StateDir = STATE, as_json: AsJson = False) -> None:
-    """Make a new signing key; the old one signs that it follows, and is destroyed.
+def rotate(
+    *,
+    state: StateDir = STATE,
+    signer: Annotated[
+        str | None, typer.Option(help="Who holds the new key: hv:NAME/VERSION in Vault. Otherwise a file does.")
+    ] = None,
+    public: Annotated[Path | None, typer.Option(help="The public half (PEM) of the key that --signer holds.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take a new signing key; the old one signs that it follows. One that lay in a file is destroyed.
 
     Give `keys.json` to whoever checks certificates: it leads from the key that they trust to the new one.
     """
@@ -61,9 +72,12 @@ def rotate(*, state: StateDir = STATE, as_json: AsJson = False) -> None:
     from service.store.database import make_pool  # noqa: PLC0415
     from service.store.migrate import SchemaError  # noqa: PLC0415
 
+    if (signer is None) != (public is None):
+        raise CommandError("the key was not changed: give --signer and --public together")
     try:
+        held = None if signer is None or public is None else held_pem(signer, load_public_key(_read(public)))
         with opened(state) as found, make_pool(found.settings.database_url, size=1) as pool:
-            last = rotate_key(pool, found.settings.keys_dir)
+            last = rotate_key(pool, found.settings.keys_dir, held)
     except (KeyFileError, StandaloneError, SchemaError, ExpungeError, OSError) as error:
         raise CommandError(f"the key was not changed: {error}") from None
     shown = {"old": last.old, "new": keyid(read_key_set(last.new).first), "size": last.size}
@@ -89,40 +103,63 @@ def _keys_dir(state: Path) -> Path:
     return settings.keys_dir if "keys_dir" in settings.model_fields_set else state / "keys"
 
 
-def rotate_key(pool: "Pool", keys_dir: Path) -> Handover:
+def rotate_key(pool: "Pool", keys_dir: Path, held: bytes | None = None) -> Handover:
     """Change the key under the lock of all signers. Dies anywhere: the next call ends what was begun.
+
+    `held`: what `signing.pem` says of a key that lies elsewhere; otherwise a new one is made for the file. The old key
+    signs ahead of the transaction, since it may lie behind a network, and again where a tree head was faster.
 
     Raises:
         KeyFileError: a key file cannot be used.
+        SignerAwayError: the old key, or the new one, does not answer; nothing was changed.
     """
     from service.store import rotation  # noqa: PLC0415
     from service.store.database import transaction  # noqa: PLC0415
 
-    with transaction(pool) as connection:
-        rotation.lock_signing(connection)
-        handover = _begun(keys_dir)
-        if handover is None:
-            handover = _begin(keys_dir, rotation.signed_size(connection))
-            _finish(keys_dir)
-        rotation.record(
-            connection,
-            old=handover.old,
-            new=keyid(read_key_set(handover.new).first),
-            statement=base64.b64encode(handover.signature).decode(),
-        )
+    content = held or private_pem(Ed25519PrivateKey.generate())
+    prepared: KeySet | None = None
+    while True:
+        with transaction(pool) as connection:
+            rotation.lock_signing(connection)
+            size = rotation.signed_size(connection)
+            handover = _begun(keys_dir)
+            if handover is None and prepared is not None and _is_current(prepared.handovers[-1], keys_dir, size):
+                handover = _replace(keys_dir, prepared, content)
+            if handover is not None:
+                rotation.record(
+                    connection,
+                    old=handover.old,
+                    new=keyid(read_key_set(handover.new).first),
+                    statement=base64.b64encode(handover.signature).decode(),
+                )
+                break
+        prepared = _prepare(keys_dir, content, size)
     (keys_dir / "signing.pem.next").unlink(missing_ok=True)
     return handover
 
 
-def _begin(keys_dir: Path, size: int) -> Handover:
-    """The new key beside the old, then the set that ends with it."""
-    old, new = load_signing_key(keys_dir / "signing.pem"), Ed25519PrivateKey.generate()
+def _prepare(keys_dir: Path, content: bytes, size: int) -> KeySet:
+    """The set that ends with the new key, which has shown that it signs; nothing is in place."""
+    old, new = load_signing_key(keys_dir / "signing.pem"), parse_signing_key(content, keys_dir / "signing.pem.next")
     known = _known(keys_dir, old)
-    handover = Handover.sign(old, new.public_key(), size)
-    _write(keys_dir / "signing.pem.next", private_pem(new))
-    grown = KeySet(known.first, (*known.handovers, handover))
+    if known.find(keyid(new)) is not None:
+        raise KeyFileError("this key has signed before: a key that was handed over from is none to hand over to")
+    prove(new)
+    return KeySet(known.first, (*known.handovers, Handover.sign(old, new.public_key(), size)))
+
+
+def _is_current(handover: Handover, keys_dir: Path, size: int) -> bool:
+    """Whether its key signs still, and has signed no larger tree head since."""
+    return handover.size == size and handover.old == keyid(load_signing_key(keys_dir / "signing.pem"))
+
+
+def _replace(keys_dir: Path, grown: KeySet, content: bytes) -> Handover:
+    """The new key beside the old, the set that ends with it, then its place; the copy stays until it is recorded."""
+    _write(keys_dir / "signing.pem.next", content)
     _write(keys_dir / "keys.json", json.dumps(grown.to_json(), indent=1).encode())
-    return handover
+    _write(keys_dir / "signing.pub", grown.handovers[-1].new)
+    _write(keys_dir / "signing.pem", content)
+    return grown.handovers[-1]
 
 
 def _begun(keys_dir: Path) -> Handover | None:
@@ -137,14 +174,7 @@ def _begun(keys_dir: Path) -> Handover | None:
     return found.handovers[-1] if found.handovers and keyid(found.newest) == keyid(signing) else None
 
 
-def _finish(keys_dir: Path) -> None:
-    """The new key takes the old one's place; the copy stays until the change is recorded."""
-    data = (keys_dir / "signing.pem.next").read_bytes()
-    _write(keys_dir / "signing.pub", public_pem(load_signing_key(keys_dir / "signing.pem.next")))
-    _write(keys_dir / "signing.pem", data)
-
-
-def _known(keys_dir: Path, old: Ed25519PrivateKey) -> KeySet:
+def _known(keys_dir: Path, old: SigningKey) -> KeySet:
     path = keys_dir / "keys.json"
     if not path.exists():
         return KeySet(old.public_key())

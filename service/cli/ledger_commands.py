@@ -20,6 +20,7 @@ from service.evidence.leaves import open_leaf, parse_leaf
 from service.evidence.ledger_check import Fetch, LedgerError, Report, check
 from service.evidence.merkle import leaf_hash
 from service.evidence.note import COSIGNATURE, NoteError, vkey
+from service.evidence.signers import SignerAwayError
 from service.evidence.tree_head import TreeHeadError, check_proof
 from service.settings import Settings
 
@@ -96,7 +97,7 @@ def witness_ledger(
         mine = load_signing_key(witness_key)
         with open_log(where) as fetch:
             signed = witness(fetch, _public(key), name, mine, state, now=int(time.time()))
-    except (KeyFileError, NoteError, LedgerError, TreeHeadError) as error:
+    except (KeyFileError, SignerAwayError, NoteError, LedgerError, TreeHeadError) as error:
         raise CommandError(f"not cosigned: {error}") from None
     typer.echo(f"checked with {vkey(name, mine.public_key(), COSIGNATURE)}", err=True)
     print(signed, end="")

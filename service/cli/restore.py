@@ -62,6 +62,8 @@ def _tell(line: str, as_json: bool) -> None:
 
 def _lines(report: dict[str, Any]) -> list[str]:
     lines: list[str] = []
+    if report["recovered"]:
+        lines.append(f"back from payload files: {report['recovered']} records that the database lacked")
     if report["records"]:
         lines.append(
             f"upload again: {report['records']} records left, since nobody knows whose they are or they are lost"

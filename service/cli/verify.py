@@ -56,6 +56,8 @@ def verify(
     if recipe is not None and (artifacts is None or file_keys is None):
         _stop("a replay needs the files and their keys: give --artifacts and --file-keys with --recipe")
     if certificate.suffix == ".jsonl":
+        if supplements or checkpoint or ledger or artifacts or file_keys or recipe:
+            _stop("certificates.jsonl is checked with --key alone: give one certificate as a file of its own for more")
         raise typer.Exit(0 if _lines_hold(certificate, trusted, as_json=json) else 1)
     try:
         envelope: Any = read_json(_read(certificate, "the certificate"))

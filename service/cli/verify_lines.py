@@ -1,5 +1,6 @@
 """`expunge verify certificates.jsonl`: every certificate of an evidence bundle, one after the other."""
 
+import base64
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -35,6 +36,8 @@ def verify_lines(path: Path, trusted: list[Trusted], *, as_json: bool) -> bool:
         print(json.dumps({"passed": not failed, "certificates": count, "failed": failed}, indent=2))
     elif failed:
         print(f"{len(failed)} of {count} certificates FAILED: do not rely on them")
+    elif not count:
+        print("no certificate is in it: nothing was checked")
     else:
         print(f"all {count} certificates passed; docs/certificate.md says what must be trusted besides")
     return not failed
@@ -45,7 +48,16 @@ def _checked(file: BinaryIO, trusted: list[Trusted]) -> Iterator[tuple[str, list
         try:
             body: Any = read_json(line)
             name = f"{body['request_id']} {body['model']}"
-            yield name, verify(body["certificate"], trusted, supplements=body["supplements"])
+            checks = verify(body["certificate"], trusted, supplements=body["supplements"])
+            if all(check.passed for check in checks):
+                checks.append(_label(body, name))
+            yield name, checks
         except (ValueError, KeyError, TypeError) as error:
             detail = f"not a line of certificates.jsonl ({type(error).__name__}): take the bundle again"
             yield f"line {number}", [Check("line", passed=False, detail=detail, strength="checked offline")]
+
+
+def _label(body: Any, name: str) -> Check:
+    said = read_json(base64.b64decode(body["certificate"]["payload"]))["predicate"]
+    found = f"{said['request']['id']} {said['model']['name']}"
+    return Check("line", passed=found == name, detail=f"the certificate is of {found}", strength="checked offline")

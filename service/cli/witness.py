@@ -6,17 +6,16 @@ has. It sees hashes, and no leaf. Run it elsewhere and under another's control, 
 
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from service.evidence.ledger_check import Fetch, Files, LedgerError
 from service.evidence.merkle import verify_consistency
 from service.evidence.note import cosign, parse
+from service.evidence.signers import SigningKey
 from service.evidence.tiles import CHECKPOINT
 from service.evidence.tree_head import ForkError, TreeHead, TreeHeadError, Verifier, open_head
 from service.store.directory import replace_file
 
 
-def witness(fetch: Fetch, key: Verifier, name: str, mine: Ed25519PrivateKey, state: Path, *, now: int) -> str:
+def witness(fetch: Fetch, key: Verifier, name: str, mine: SigningKey, state: Path, *, now: int) -> str:
     """The log's checkpoint with our cosignature; what we saw is kept in `state` before anybody gets it.
 
     Raises:

@@ -9,6 +9,7 @@ import redis
 from service.doctor.sites import Sites
 from service.domain.errors import ExpungeError
 from service.evidence.keys import KeyFileError, load_signing_key
+from service.evidence.signers import prove
 from service.settings import Settings
 from service.store import migrate, tables
 from service.store.artifacts import Artifacts, open_artifacts
@@ -53,7 +54,7 @@ def _run(name: str, check: Callable[[Sites, Settings], str], sites: Sites, setti
 
 def _keys(sites: Sites, _settings: Settings) -> str:
     read_secrets(sites.keys_dir)
-    load_signing_key(sites.keys_dir / "signing.pem")
+    prove(load_signing_key(sites.keys_dir / "signing.pem"))
     if (mode := sites.keys_dir.stat().st_mode & 0o777) & 0o077:
         raise ValueError(f"others may look into {sites.keys_dir} (mode {mode:04o}): run `chmod 700 {sites.keys_dir}`")
     return "signing key, pepper and partition key are there, and their owner's alone"

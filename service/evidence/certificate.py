@@ -6,11 +6,10 @@ What each field and claim means: docs/certificate.md. `service.evidence.verify` 
 from datetime import timedelta
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from service.evidence import statement, wording
 from service.evidence.dsse import sign
 from service.evidence.rows import Evidence, EvidenceError, ObjectRow, OpenRow
+from service.evidence.signers import SigningKey
 from service.evidence.statement import PAYLOAD_TYPE, STATEMENT_TYPE, moment
 from shards.assembly import Assembly
 from shards.digest import canonical, sha256_hex
@@ -47,7 +46,7 @@ def build(evidence: Evidence) -> dict[str, Any]:
     return statement.statement(PREDICATE_TYPE, name, assembly.digest, predicate)
 
 
-def issue(evidence: Evidence, key: Ed25519PrivateKey) -> dict[str, Any]:
+def issue(evidence: Evidence, key: SigningKey) -> dict[str, Any]:
     """The signed certificate: a DSSE envelope around the statement's canonical JSON."""
     return sign(canonical(build(evidence)), PAYLOAD_TYPE, key)
 

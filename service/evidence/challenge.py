@@ -40,9 +40,7 @@ class Opened:
     """A leaf with its content, once leaf, opening and proof hold together."""
 
     leaf: Leaf
-    model_id: int | None
     body: Mapping[str, Any]
-    head: TreeHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +55,8 @@ class Result:
     version: int
     stages: int
     """Served stages that could have been drawn."""
+    asked: int
+    """How many were to be drawn; all where fewer serve."""
     drawn: Mapping[str, str]
     """Stage key -> digest, as logged before the draw."""
     outcomes: Mapping[str, ReplayOutcome | None]
@@ -67,12 +67,21 @@ class Result:
         """How many of those drawn gave the same bits again."""
         return sum(each is ReplayOutcome.EQUAL for each in self.outcomes.values())
 
+    def unseen(self, share: float) -> float:
+        """The chance that a fraud on this share of the stages is unseen; 1 unless each drawn one is equal.
+
+        Whoever may let some of those drawn come to nothing can let the wrong ones.
+        """
+        return unseen(share, self.equal) if self.equal == len(self.drawn) else 1.0
+
     def statement(self) -> str:
         """The bound, in words."""
+        said = f"{self.equal} of {len(self.drawn)} drawn stages were trained again to the same bits"
+        if self.equal < len(self.drawn):
+            return f"{said}: this bounds nothing, since a fraud may lie in the others"
         return (
-            f"{self.equal} of {len(self.drawn)} drawn stages were trained again to the same bits, out of {self.stages}"
-            f" served. A fraud touching a share f of the stages stays unseen with p <= (1 - f)^{self.equal}:"
-            f" for a tenth of them {unseen(0.1, self.equal):.2g}"
+            f"{said}, out of {self.stages} served. A fraud touching a share f of the stages stays unseen with"
+            f" p <= (1 - f)^{self.equal}: for a tenth of them {self.unseen(0.1):.2g}"
         )
 
 
@@ -91,19 +100,21 @@ def speaking(assembly: Assembly) -> dict[str, Member]:
     return {member.stage: member for member in assembly.members if member}
 
 
-def check(document: Mapping[str, Any], key: Ed25519PublicKey, witness: str) -> Result:
+def check(document: Mapping[str, Any], key: Ed25519PublicKey, witness: str, given: str) -> Result:
     """Check the document that the API gives for a challenge.
 
     Args:
         document: as it was fetched.
         key: the operator's public key.
         witness: the witness's public key (C2SP vkey), from the witness.
+        given: the cosigned checkpoint that the challenge was opened with, from whoever opened it. A witness cosigns
+            many tree heads: an operator who may say which one draws can take the one that draws what he likes.
 
     Raises:
         ChallengeError: something in it does not hold.
     """
     try:
-        return _check(document, key, witness)
+        return _check(document, key, witness, given)
     except ChallengeError:
         raise
     except ValueError as error:  # of notes, tree heads, leaves
@@ -112,14 +123,15 @@ def check(document: Mapping[str, Any], key: Ed25519PublicKey, witness: str) -> R
         raise ChallengeError("not a challenge as the API gives it: fetch it again") from None
 
 
-def _check(document: Mapping[str, Any], key: Ed25519PublicKey, witness: str) -> Result:
+def _check(document: Mapping[str, Any], key: Ed25519PublicKey, witness: str, given: str) -> Result:
     _require(document["type"] == TYPE, f"its type is not {TYPE}")
     head = open_head(document["checkpoint"], key)
     name, public = note.read_vkey(witness, note.COSIGNATURE)
     cosignature = note.get_cosignature(note.parse(document["checkpoint"]), name, public)
+    mine = note.get_cosignature(note.parse(given), name, public)
+    _require(mine == cosignature, "it was drawn by another cosignature than that of the checkpoint given")
     assembly, model_id = Assembly.from_json(document["assembly"]), document["model_id"]
-    published = _opened(document["published"], EventKind.VERSION_PUBLISHED, key, head)
-    _require(published.model_id == model_id, "the version is another model's")
+    published = _opened(document["published"], EventKind.VERSION_PUBLISHED, key, head, model_id)
     _require(published.body["assembly"] == assembly.digest, "the assembly is not the one that was published")
     served = speaking(assembly)
     drawn = draw_stages(list(served), document["asked"], cosignature)
@@ -128,20 +140,27 @@ def _check(document: Mapping[str, Any], key: Ed25519PublicKey, witness: str) -> 
     outcomes: dict[str, ReplayOutcome | None] = {}
     for each in document["drawn"]:
         stage = each["stage"]
-        queued = _opened(each["queued"], EventKind.STAGE_QUEUED, key, head)
-        trained = _opened(each["trained"], EventKind.STAGE_TRAINED, key, head)
+        queued = _opened(each["queued"], EventKind.STAGE_QUEUED, key, head, model_id)
+        trained = _opened(each["trained"], EventKind.STAGE_TRAINED, key, head, model_id)
         _require(stage in queued.body["stages"], f"stage {stage[:12]} is not among those that were to be trained")
         _require(trained.body["stage"] == stage, f"the training is not of stage {stage[:12]}")
         _require(queued.leaf.index < trained.leaf.index, f"stage {stage[:12]} was named after its training")
         digest = served[stage].artifacts[-1]
         _require(trained.body["digest"] == digest, f"stage {stage[:12]} serves another digest than was logged")
-        outcomes[stage] = _outcome(each["outcome"], served[stage], key, head, newest)
+        outcomes[stage] = None
+        if (entry := each["outcome"]) is not None:
+            kind = EventKind(parse_leaf(entry["leaf"].encode()).kind)
+            _require(kind in OUTCOMES, f"{kind} is no outcome of a replay")
+            found = _opened(entry, kind, key, newest, model_id)
+            _require(found.leaf.index >= head.size, f"the replay of stage {stage[:12]} is older than the draw")
+            outcomes[stage] = _outcome(found, kind, served[stage])
     return Result(
         head,
         name,
         int.from_bytes(cosignature[:8], "big"),
         published.body["version"],
         len(served),
+        document["asked"],
         {stage: served[stage].artifacts[-1] for stage in drawn},
         outcomes,
     )
@@ -158,17 +177,9 @@ def _newest(document: Mapping[str, Any], key: Ed25519PublicKey, head: TreeHead) 
     return newest
 
 
-def _outcome(
-    entry: Mapping[str, Any] | None, member: Member, key: Ed25519PublicKey, head: TreeHead, newest: TreeHead
-) -> ReplayOutcome | None:
+def _outcome(found: Opened, kind: EventKind, member: Member) -> ReplayOutcome:
     """What came of replaying a member's stage; a mismatch names the first stage of its line that differs."""
-    if entry is None:
-        return None
-    kind = EventKind(parse_leaf(entry["leaf"].encode()).kind)
-    _require(kind in OUTCOMES, f"{kind} is no outcome of a replay")
-    found = _opened(entry, kind, key, newest)
     about = f"the replay of stage {member.stage[:12]}"
-    _require(found.leaf.index >= head.size, f"{about} is older than the draw")
     if kind is EventKind.STAGE_REPLAY_MISMATCH:
         _require(found.body["digest"] in member.artifacts, f"{about} is of another stage")
     else:
@@ -177,15 +188,16 @@ def _outcome(
     return OUTCOMES[kind]
 
 
-def _opened(entry: Mapping[str, Any], kind: EventKind, key: Ed25519PublicKey, head: TreeHead) -> Opened:
+def _opened(entry: Mapping[str, Any], kind: EventKind, key: Ed25519PublicKey, head: TreeHead, model_id: int) -> Opened:
     leaf = parse_leaf(entry["leaf"].encode())
     _require(leaf.kind == kind, f"leaf {leaf.index} is {leaf.kind}, not {kind}")
     index, under = check_proof(entry["proof"], leaf_hash(entry["leaf"].encode()), key)
     _require(index == leaf.index, f"leaf {leaf.index} lies at {index}")
     if under != head:
         raise TreeHeadError(f"leaf {leaf.index} is under {under}, not under {head}")
-    body = open_leaf(leaf, entry["opening"].encode())
-    return Opened(leaf, body["model_id"], body["body"], under)
+    opened = open_leaf(leaf, entry["opening"].encode())
+    _require(opened["model_id"] == model_id, f"leaf {leaf.index} ({kind}) is about another model")
+    return Opened(leaf, opened["body"])
 
 
 def _require(holds: bool, otherwise: str) -> None:

@@ -5,9 +5,10 @@ import binascii
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from service.evidence.keys import keyid
+from service.evidence.signers import SigningKey
 
 
 class EnvelopeError(ValueError):
@@ -20,7 +21,7 @@ def pae(payload_type: str, payload: bytes) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(name), name, len(payload), payload)
 
 
-def sign(payload: bytes, payload_type: str, key: Ed25519PrivateKey) -> dict[str, Any]:
+def sign(payload: bytes, payload_type: str, key: SigningKey) -> dict[str, Any]:
     """The envelope, JSON-able. Ed25519 is deterministic: the same payload gives the same envelope."""
     signature = key.sign(pae(payload_type, payload))
     return {

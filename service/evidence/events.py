@@ -145,7 +145,7 @@ FIELDS: dict[EventKind, frozenset[str]] = {
     EventKind.CERTIFICATE_SUPPLEMENTED: frozenset({"certificate", "number", "digest"}),
     EventKind.INGESTION_REFUSED: frozenset({"lines", "reason"}),
     EventKind.LEDGER_OPENINGS_ERASED: frozenset({"openings", "days"}),
-    EventKind.ROWS_CHANGED: frozenset({"table", "change", "rows"}),
+    EventKind.ROWS_CHANGED: frozenset({"changes"}),
     EventKind.ATTEMPT_REFUSED: frozenset({"attempt", "reason", "actor"}),
     EventKind.DATASET_DECLARED: frozenset({"dataset_id", "actor"}),
     EventKind.MODEL_DECLARED: frozenset({"recipe", "actor"}),
@@ -159,7 +159,18 @@ FIELDS: dict[EventKind, frozenset[str]] = {
     EventKind.RESTORE_LEAF_LOST: frozenset({"of"}),
     EventKind.RESTORE_LOSS_ACCEPTED: frozenset({"size", "root", "leaves", "openings", "refused"}),
     EventKind.RESTORE_COMPLETED: frozenset(
-        {"database", "files", "high_water", "replayed", "redestroyed", "lost", "strays", "stages", "records"}
+        {
+            "database",
+            "files",
+            "high_water",
+            "replayed",
+            "redestroyed",
+            "lost",
+            "strays",
+            "stages",
+            "recovered",
+            "records",
+        }
     ),
 }
 

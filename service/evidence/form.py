@@ -131,6 +131,7 @@ SUPPLEMENT_PREDICATE: dict[str, Any] = {
     "exports": [{"export_id": UUID, "withdrawn_at": TIME}],
     "rebuild": (None, {"version": int, "floor": int, "published_at": TIME, "assembly": ASSEMBLY, "stages": [STAGE],
                        "platforms": [PLATFORM], "manifests": [MANIFEST]}),
+    "lifted": (None, {"at": TIME, "version": (None, int)}),
     "open_items": [OPEN_ITEM],
     "ledger": {**LEDGER, "consistency": [HEX]},
     "issuer": ISSUER,

@@ -20,15 +20,17 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from service.evidence.signers import HeldKey, KeyFileError, SigningKey
 from shards.digest import canonical, sha256_hex
 
+SIGNER = "signer: "
+"""Begins the line above a public key that says who holds the private one."""
 
-class KeyFileError(Exception):
-    """A key file that cannot be used; the message says what to do. It never holds key material."""
 
-
-def load_signing_key(path: Path) -> Ed25519PrivateKey:
+def load_signing_key(path: Path) -> SigningKey:
     """The Ed25519 signing key in a PEM file (PKCS #8, not encrypted) that only its owner can read.
+
+    Where the key lies elsewhere, the file holds the line `signer: URI` and the public key; nothing is asked here.
 
     Raises:
         KeyFileError: missing, readable by others, or not such a key.
@@ -42,6 +44,18 @@ def load_signing_key(path: Path) -> Ed25519PrivateKey:
         raise KeyFileError(f"cannot read the signing key {path}: {error.strerror}") from None
     if stat.S_IMODE(mode) & 0o077:
         raise KeyFileError(f"others may read or change {path}: chmod 600 it, and change the key if they could have")
+    return parse_signing_key(pem, path)
+
+
+def parse_signing_key(pem: bytes, path: Path) -> SigningKey:
+    """The key in the content of a file; `path` is what messages call it.
+
+    Raises:
+        KeyFileError: not such a key.
+    """
+    if pem.startswith(SIGNER.encode()):
+        line, _, public = pem.partition(b"\n")
+        return HeldKey(line.decode(errors="replace")[len(SIGNER) :].strip(), load_public_key(public))
     try:
         key = load_pem_private_key(pem, password=None)
     except TypeError:
@@ -68,7 +82,7 @@ def load_public_key(pem: bytes) -> Ed25519PublicKey:
     return key
 
 
-def public_pem(key: Ed25519PrivateKey | Ed25519PublicKey) -> bytes:
+def public_pem(key: SigningKey | Ed25519PublicKey) -> bytes:
     """The public key as PEM (SubjectPublicKeyInfo), to be handed to whoever verifies."""
     return _public(key).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
@@ -78,7 +92,12 @@ def private_pem(key: Ed25519PrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def keyid(key: Ed25519PrivateKey | Ed25519PublicKey) -> str:
+def held_pem(uri: str, public: Ed25519PublicKey) -> bytes:
+    """A key that lies elsewhere as it is named in `signing.pem`."""
+    return f"{SIGNER}{uri}\n".encode() + public_pem(public)
+
+
+def keyid(key: SigningKey | Ed25519PublicKey) -> str:
     """SHA-256 of the DER SubjectPublicKeyInfo, as hex: `openssl pkey -pubin -outform DER | sha256sum`."""
     return sha256_hex(_public(key).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
 
@@ -103,7 +122,7 @@ class Handover:
         return canonical({"type": "expunge key handover v1", "old": self.old, "new": new, "size": self.size})
 
     @classmethod
-    def sign(cls, old: Ed25519PrivateKey, new: Ed25519PublicKey, size: int) -> "Handover":
+    def sign(cls, old: SigningKey, new: Ed25519PublicKey, size: int) -> "Handover":
         """The old key hands over."""
         unsigned = cls(keyid(old), public_pem(new), size, b"")
         return cls(unsigned.old, unsigned.new, size, old.sign(unsigned.statement))
@@ -219,5 +238,5 @@ def load_key_set(keys_dir: Path) -> KeySet:
     return found
 
 
-def _public(key: Ed25519PrivateKey | Ed25519PublicKey) -> Ed25519PublicKey:
-    return key.public_key() if isinstance(key, Ed25519PrivateKey) else key
+def _public(key: SigningKey | Ed25519PublicKey) -> Ed25519PublicKey:
+    return key if isinstance(key, Ed25519PublicKey) else key.public_key()

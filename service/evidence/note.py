@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass, replace
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from service.evidence.signers import SigningKey
 
 SIGNATURE, COSIGNATURE = 0x01, 0x04
 """Signature types: of the note's text; of a text under a time."""
@@ -71,7 +73,7 @@ def read_vkey(text: str, kind: int = SIGNATURE) -> tuple[str, Ed25519PublicKey]:
     return name, key
 
 
-def sign(text: str, name: str, key: Ed25519PrivateKey) -> Note:
+def sign(text: str, name: str, key: SigningKey) -> Note:
     """The signed note; the same text gives the same note.
 
     Raises:
@@ -121,7 +123,7 @@ def require_signature(note: Note, name: str, key: Ed25519PublicKey) -> None:
     raise NoteError(f"no signature of {name} holds under this key: take the key of the operator of that log")
 
 
-def cosign(note: Note, name: str, key: Ed25519PrivateKey, timestamp: int) -> Note:
+def cosign(note: Note, name: str, key: SigningKey, timestamp: int) -> Note:
     """The note with a witness's cosignature/v1 at a time in Unix seconds; its earlier one is replaced."""
     if not NAME.fullmatch(name):
         raise ValueError("the name of a witness has no blanks and no plus sign")

@@ -239,6 +239,15 @@ class RebuildRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LiftRow:
+    """The end of a restriction."""
+
+    at: datetime
+    version: int | None
+    """The version with the records' stages back; None where none was published for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Addition:
     """All that a supplement says."""
 
@@ -255,6 +264,7 @@ class Addition:
     exports: tuple[tuple[str, datetime], ...] = ()
     """Id and time of each withdrawal."""
     rebuild: RebuildRow | None = None
+    lifted: LiftRow | None = None
     open_items: tuple[OpenRow, ...] = ()
     ledger: LedgerRows
     tool_version: str

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from service.evidence import statement
 from service.evidence.dsse import sign
 from service.evidence.rows import Addition, RebuildRow, RecordRow
+from service.evidence.signers import SigningKey
 from service.evidence.statement import PAYLOAD_TYPE, moment
 from shards.digest import canonical
 
@@ -36,6 +35,7 @@ def build_supplement(addition: Addition) -> dict[str, Any]:
         ],
         "exports": [{"export_id": name, "withdrawn_at": moment(when)} for name, when in sorted(addition.exports)],
         "rebuild": _rebuild(addition.rebuild, addition.records) if addition.rebuild else None,
+        "lifted": {"at": moment(lifted.at), "version": lifted.version} if (lifted := addition.lifted) else None,
         "open_items": statement.open_items(addition.open_items),
         "ledger": {
             **statement.ledger(addition.ledger),
@@ -47,7 +47,7 @@ def build_supplement(addition: Addition) -> dict[str, Any]:
     return statement.statement(PREDICATE_TYPE, name, addition.certificate, predicate)
 
 
-def issue_supplement(addition: Addition, key: Ed25519PrivateKey) -> dict[str, Any]:
+def issue_supplement(addition: Addition, key: SigningKey) -> dict[str, Any]:
     """The signed supplement."""
     return sign(canonical(build_supplement(addition)), PAYLOAD_TYPE, key)
 

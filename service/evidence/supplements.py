@@ -30,7 +30,7 @@ def check_supplement(case: Case, supplements: Sequence[Case], at: int) -> str:
     try:
         _issued(case, mine, found)
         done = [*_sweeps(case, mine, found), *_processes(case, mine, found), *_exports(case, mine, found)]
-        done += _rebuild(case, mine, found)
+        done += [*_rebuild(case, mine, found), *_lifted(case, mine, found)]
     except (KeyError, TypeError, ValueError, AttributeError):
         raise Refused("an event in the ledger does not hold what its kind holds") from None
     require(done, "it adds nothing")
@@ -131,3 +131,14 @@ def _rebuild(case: Case, mine: Case, found: Sequence[Event]) -> list[str]:
         "no event in the ledger publishes the rebuilt assembly",
     )
     return [f"version {new['version']} rebuilt: {len(known)} stages derived, none read a record"]
+
+
+def _lifted(case: Case, mine: Case, found: Sequence[Event]) -> list[str]:
+    """A restriction was ended: what the certificate says of its version stands, but the records serve again."""
+    said: dict[str, Any] | None = mine.said["lifted"]
+    if said is None:
+        return []
+    require(case.said["outcome"] == "restricted", "only a restriction can be lifted")
+    told = [(event.time, event.body["version"]) for event in found if event.kind == "target.lifted"]
+    require((said["at"], said["version"]) in told, "no event in the ledger lifts the restriction then")
+    return [f"the restriction was LIFTED at {said['at'][:16]}: its records may serve again"]

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from service.evidence import note
 from service.evidence.merkle import verify_inclusion
+from service.evidence.signers import SigningKey
 
 PROOF = "c2sp.org/tlog-proof@v1"
 SIZE = re.compile(r"0|[1-9][0-9]{0,18}")
@@ -57,7 +58,7 @@ class TreeHead:
         return f"the tree head of size {self.size} with root {self.root.hex()}"
 
 
-def sign_head(head: TreeHead, key: Ed25519PrivateKey) -> str:
+def sign_head(head: TreeHead, key: SigningKey) -> str:
     """The checkpoint: a signed note. Ed25519 is deterministic: the same head gives the same note."""
     return str(note.sign(head.text, head.origin, key))
 

@@ -19,7 +19,7 @@ from service.serving.answers import Answer, ProblemError, unavailable
 from service.serving.completions import DONE
 from service.serving.incoming import Call, DisconnectedError
 from service.serving.metrics import ServingMetrics
-from service.serving.predict import ATTEMPTS, Served, begin, check_live, check_version, respond
+from service.serving.predict import ATTEMPTS, Served, begin, check_live, check_version, note_failure, respond
 from service.serving.replica import Pointer, Replica
 from service.serving.stream import CUT, Stream
 
@@ -138,6 +138,8 @@ class Relay:
                             return None
             return unavailable("cut", CUT)
         except ProblemError as problem:
+            if not is_below(replica, pointer):
+                note_failure(replica, pointer, problem, self.metrics)
             if out.begun:
                 return ProblemError(problem.status, problem.slug, problem.detail)
             if is_below(replica, pointer):

@@ -8,9 +8,9 @@ from datetime import datetime
 from typing import Any
 
 from service.domain.errors import ConflictError
-from shards.digest import canonical, sha256_hex
+from service.evidence.certificate import PREDICATE_TYPE, digest_of_envelope
+from shards.digest import canonical
 
-PREDICATE_TYPE = "https://expunge.dev/deletion-certificate/v2"
 LISTED = 5
 """Open items that are named on the page; all of them are in the JSON."""
 ASKED = {"erase": "erasure", "restrict": "restriction of processing", "object": "objection to processing"}
@@ -26,24 +26,23 @@ ANSWERED = {
 }
 
 
-def compose(envelope: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of template `certificate`; its digest is SHA-256 of the payload that was signed.
+def compose(envelope: dict[str, Any]) -> dict[str, Any]:
+    """The content of template `certificate`; its digest is the certificate's.
 
     Raises:
         ConflictError: a certificate of another version.
     """
-    payload = base64.b64decode(envelope["payload"])
-    statement = json.loads(payload)
+    statement = json.loads(base64.b64decode(envelope["payload"]))
     if statement["predicateType"] != PREDICATE_TYPE:
         raise ConflictError("this certificate is of a version that is not put on paper: take the JSON")
     said = statement["predicate"]
     return {
         "date": said["issuer"]["issued_at"],
-        "digest": sha256_hex(payload),
+        "digest": digest_of_envelope(envelope),
         "keyid": envelope["signatures"][0]["keyid"],
         "attached": {
             "name": "certificate.json",
-            "text": canonical(dict(envelope)).decode(),
+            "text": canonical(envelope).decode(),
             "about": "The signed certificate that this page was made from.",
         },
         "model": said["model"]["name"],

@@ -234,7 +234,7 @@ class Lease:
                 connection = connection or connect(self._settings.database_url, autocommit=True)
                 done = self._load(connection)
                 retry = 0.0 if done or woken else retry
-            except (ExpungeError, psycopg.Error, ShardsError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - a loader that died would load and free nothing ever again
                 done = False
                 self.replica.problem = self.replica.problem or f"the model cannot be loaded: {type(error).__name__}"
                 log.warning("load_failed", model=self.replica.model, reason=type(error).__name__)

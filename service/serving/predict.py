@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 LONGEST_WAIT = 3600
 """Seconds in `Retry-After` at most: shards may come back sooner than a rebuild, with a request's revocation."""
+ENGINE_FAILED = {"engine-failed", "upstream-failed"}
+"""Problems of whatever computes the answers, in this process or behind a proxy."""
 ATTEMPTS = 32
 """Computations of one request; each one after the first follows a rise of the floor."""
 
@@ -118,7 +120,7 @@ def begin(replica: Replica, wish: Wish = ANY) -> Pointer:
 
 def note_failure(replica: Replica, pointer: Pointer, problem: ProblemError, metrics: ServingMetrics) -> None:
     """Count what the engine could not answer, and let a canary end with it."""
-    if problem.slug == "engine-failed":
+    if problem.slug in ENGINE_FAILED:
         metrics.count(replica.model, pointer.version, "engine_failed")
         replica.fail(pointer.version)
 

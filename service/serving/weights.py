@@ -45,6 +45,8 @@ class Weights:
         self._dying_since = 0.0
         self._built: list[weakref.ref[Any]] = []
         self._kept = 0
+        self._complete = False
+        """Whether all that was clean was in memory once."""
         self._unusable: dict[str, str] = {}
         """Why an artefact could not be loaded when it was last tried, by digest."""
         self.damaged: list[StageObject] = []
@@ -83,7 +85,11 @@ class Weights:
         if stale:
             self._watch(reader.drop(stale))
         gone = self._gone(target.floor)
-        loaded = self._load(reader, _wanted_first(target, clean), interrupted)
+        wanted, spare = _parted(target, clean)
+        loaded = self._load(reader, wanted, interrupted)
+        if self._complete:  # a server that starts is ready only when it needs no load for any deactivation
+            self.apply(target)
+        self._complete |= (loaded := self._load(reader, spare, interrupted) and loaded)
         return self.apply(target) and loaded and gone
 
     def clear(self) -> bool:
@@ -208,7 +214,8 @@ def _digests(assembly: Assembly) -> frozenset[str]:
     return frozenset(digest for member in assembly.members if member for digest in member.artifacts)
 
 
-def _wanted_first(target: Target, clean: Sequence[StageObject]) -> list[StageObject]:
-    """What the target needs, then what a later deactivation may need."""
+def _parted(target: Target, clean: Sequence[StageObject]) -> tuple[list[StageObject], list[StageObject]]:
+    """What the target needs, the stable version's first, and what a later deactivation may need."""
     needed = [_digests(Assembly.from_json(step.body)) for step in target.steps() if step.body]
-    return sorted(clean, key=lambda stage: [stage.digest not in digests for digests in needed])
+    wanted = [stage for digests in needed for stage in clean if stage.digest in digests]
+    return wanted, [stage for stage in clean if not any(stage.digest in digests for digests in needed)]

@@ -7,20 +7,15 @@ import secrets
 import stat
 import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
 
+from service.evidence.keys import KeyFileError, load_signing_key, private_pem, public_pem
+from service.evidence.signers import SignerAwayError, prove
 from service.standalone.errors import StandaloneError
 
 _SOCKET_DIRECTORY_BYTES = 80
@@ -112,7 +107,7 @@ def ensure_secrets(keys: Path, *, may_create: bool) -> None:
     """Make the secrets that are missing: the signing key, the pepper, the partition key.
 
     `may_create` is false once there is data: aliases and cells were computed with these secrets, so a new one
-    would silently part the data from its owners. `StandaloneError` then.
+    would silently part the data from its owners. `StandaloneError` then, and where the signing key is not its own.
     """
     keys.mkdir(mode=0o700, parents=True, exist_ok=True)
     missing = [name for name in ("signing.pem", "pepper", "partition") if not (keys / name).exists()]
@@ -122,10 +117,15 @@ def ensure_secrets(keys: Path, *, may_create: bool) -> None:
             " restore the file from your backup (or begin anew with an empty state directory)"
         )
     for name in missing:
-        write_private(keys / name, _signing_pem() if name == "signing.pem" else secrets.token_hex(32).encode())
-    key = load_pem_private_key((keys / "signing.pem").read_bytes(), password=None)
-    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    write_private(keys / "signing.pub", public)
+        made = private_pem(Ed25519PrivateKey.generate()) if name == "signing.pem" else secrets.token_hex(32).encode()
+        write_private(keys / name, made)
+    try:
+        key = load_signing_key(keys / "signing.pem")
+        with suppress(SignerAwayError):  # deletions do not wait for it; tree heads and certificates do
+            prove(key)
+    except KeyFileError as error:
+        raise StandaloneError(str(error)) from None
+    write_private(keys / "signing.pub", public_pem(key))
 
 
 def write_private(path: Path, content: bytes) -> None:
@@ -138,10 +138,6 @@ def write_private(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def _signing_pem() -> bytes:
-    return Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def _adopt(root: Path) -> None:

@@ -9,20 +9,21 @@ from uuid import UUID
 
 from psycopg.rows import class_row
 
-from service.evidence.rows import Addition, OpenRow, ProcessRow, RebuildRow, RecordRow, SweepRow
+from service.evidence.rows import Addition, LiftRow, OpenRow, ProcessRow, RebuildRow, RecordRow, SweepRow
 from service.store import evidence, manifests, models, told
 from service.store.certificates import Certificate, Supplement
 from service.store.database import Connection, get_time
 from service.store.told import About
 from shards.assembly import Assembly
 
-# A restriction that was lifted has no open ends any more: its records serve again.
+# A restriction that was lifted has no other open ends any more: its records serve again.
 LIST_DUE: LiteralString = """
 SELECT o.request_id, o.model_id, max(c.issued_at) AS issued_at
 FROM certificate_open o
 JOIN certificate c USING (request_id, model_id)
 JOIN request_target t USING (request_id, model_id)
-WHERE o.due_at <= clock_timestamp() AND t.state = 'completed' AND CASE o.what
+WHERE o.due_at <= clock_timestamp()
+  AND t.state = CASE o.what WHEN 'lift' THEN 'lifted' ELSE 'completed' END::deletion_state AND CASE o.what
     WHEN 'process' THEN EXISTS (
         SELECT FROM lease l WHERE l.process_id = o.name::uuid
            AND (l.freed >= t.version OR l.freed_at IS NOT NULL OR l.ended_at > c.issued_at))
@@ -83,6 +84,16 @@ WHERE o.what = 'rebuild' AND o.request_id = %(request_id)s::uuid AND o.model_id 
 ORDER BY v.version
 LIMIT 1
 """
+FIND_LIFTED: LiteralString = """
+SELECT e.created_at AS at, (e.body ->> 'version')::bigint AS version
+FROM certificate_open o
+JOIN request_target t USING (request_id, model_id)
+JOIN event_pending e USING (request_id, model_id)
+WHERE o.what = 'lift' AND o.request_id = %(request_id)s::uuid AND o.model_id = %(model_id)s::bigint
+  AND t.state = 'lifted' AND e.kind = 'target.lifted'
+ORDER BY e.id DESC
+LIMIT 1
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,18 +148,21 @@ def get_addition(
     said = _said(certificate.envelope)
     last = _said(before[-1].envelope) if before else said
     at: dict[str, Any] = {"request_id": request_id, "model_id": certificate.model_id}
+    lifted = next(iter(_list(connection, LiftRow, FIND_LIFTED, at)), None)
     names = _objects(said)
     since = before[-1].issued_at if before else certificate.issued_at
     sweeps = _sweeps(connection, at, names, since)
     processes: list[ProcessRow] = _list(connection, ProcessRow, LIST_PROCESSES, at)
     exports = [(row.name, row.at) for row in _list(connection, _Withdrawn, LIST_EXPORTS, at)]
     rebuild = _rebuild(connection, at)
-    if not (sweeps or processes or exports or rebuild):
+    if lifted:  # what else was open of a restriction that is over concerns nobody
+        processes, exports, rebuild = [], [], None
+    if not (sweeps or processes or exports or rebuild or lifted):
         return None
     about = About(
         request_id=request_id,
         model_id=certificate.model_id,
-        kinds=["certificate.issued", "certificate.supplemented"],
+        kinds=["certificate.issued", "certificate.supplemented", "target.lifted"],
         version=rebuild.version if rebuild else None,
         reappeared=list(sweeps[-1].reappeared) if sweeps else [],
         since=since,
@@ -173,7 +187,8 @@ def get_addition(
         processes=tuple(processes),
         exports=tuple(exports),
         rebuild=rebuild,
-        open_items=tuple(_still_open(last["open_items"], closed, issued_at)),
+        lifted=lifted,
+        open_items=() if lifted else tuple(_still_open(last["open_items"], closed, issued_at)),
         ledger=ledger,
         tool_version=evidence.TOOL_VERSION,
         issued_at=issued_at,

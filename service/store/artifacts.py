@@ -71,8 +71,9 @@ class Artifacts:
 
         Raises:
             FileExistsError: the name is taken; names are never reused.
-            OSError: the disk is full; of the object nothing stays behind.
+            OSError: the store is not there, or full; of the object nothing stays behind.
         """
+        self._check_there()
         self.files.put(name, data if is_public(name) else seal(self._keys.create(name), name, data))
 
     def replace(self, name: str, data: bytes, *, expected: bytes | None) -> None:
@@ -83,6 +84,7 @@ class Artifacts:
         """
         if not is_public(name):
             raise ValueError(f"{name} is sealed, and sealed objects are never replaced")
+        self._check_there()
         self.files.replace(name, data, expected=expected)
 
     def get(self, name: str) -> bytes:
@@ -91,11 +93,13 @@ class Artifacts:
         Raises:
             ArtifactMissingError: no such object, or its key is gone.
             ArtifactDigestError: it is damaged, or another one lies in its place.
+            OSError: the store is not there.
             FileKeysError: the key store is not there.
         """
         try:
             data = self.files.get(name)
         except FileNotFoundError:
+            self._check_there()
             raise ArtifactMissingError(name) from None
         if is_public(name):
             return data
@@ -112,6 +116,7 @@ class Artifacts:
 
     def exists(self, name: str) -> bool:
         """Whether the object or its key is there now."""
+        self._check_there()
         return self.files.exists(name) or (not is_public(name) and self._keys.exists(name))
 
     def opens(self, name: str) -> bool:
@@ -120,28 +125,41 @@ class Artifacts:
 
     def names(self, *, older_than: float) -> list[str]:
         """Every object, unfinished writes included, last touched more than `older_than` seconds ago."""
+        self._check_there()
         return [name for name in self.files.names(older_than=older_than) if name != KEY_STORE]
 
     def names_below(self, prefix: str) -> list[str]:
         """Every finished object whose name begins with a directory."""
+        self._check_there()
         return self.files.names_below(prefix)
 
     def destroy_stray_keys(self, known: Collection[str], *, older_than: float) -> int:
         """Destroy keys older than that which belong to no known name and no object; returns how many."""
+        self._check_there()
         return self._keys.destroy_others({*known, *self.files.names(older_than=-60)}, older_than=older_than)
 
     def _pair(self) -> None:
-        """Bind an artefact store to the key store that it was first opened with."""
-        with suppress(FileNotFoundError):
-            bound = self.files.get(KEY_STORE).decode("ascii")
-            if bound != self._keys.mark:
+        """Bind an artefact store to the key store that it was first opened with, and that to no other."""
+        if not self.files.exists(KEY_STORE):
+            used = self._keys.mark is not None and self._keys.count() > 0
+            if used and not self.files.exists(KEY_STORE):  # looked for again: another program may just have begun both
                 raise FileKeysError(
-                    f"{self._keys.root} does not hold the keys of this artefact store: mount or restore the right key"
-                    " store, and check EXPUNGE_FILE_KEYS_URL; every object would look lost"
+                    f"{self._keys.root} holds the keys of another artefact store, which would be destroyed as nobody's:"
+                    " mount or restore the right artefact store (EXPUNGE_ARTIFACT_URL), or give a new one an empty key"
+                    " store (EXPUNGE_FILE_KEYS_URL)"
                 )
-            return
-        with suppress(FileExistsError):  # another program was first
-            self.files.put(KEY_STORE, self._keys.begin().encode())
+            with suppress(FileExistsError):  # another program was first
+                self.files.put(KEY_STORE, self._keys.begin().encode())
+        if self.files.get(KEY_STORE).decode("ascii") != self._keys.mark:
+            raise FileKeysError(
+                f"{self._keys.root} does not hold the keys of this artefact store: mount or restore the right key"
+                " store, and check EXPUNGE_FILE_KEYS_URL; every object would look lost"
+            )
+
+    def _check_there(self) -> None:
+        """An unmounted store looks empty: then nothing may be taken for erased or lost, and nothing written."""
+        if not self.files.exists(KEY_STORE):
+            raise OSError("the artefact store is not there: mount it, or restore it from your backup")
 
 
 def is_public(name: str) -> bool:

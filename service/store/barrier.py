@@ -10,6 +10,7 @@ from psycopg.rows import class_row, scalar_row
 from service.evidence.events import EventKind
 from service.store import events, models, targets
 from service.store.database import Connection
+from service.store.models import Model
 
 LIST_WAITING: LiteralString = """
 SELECT m.model_id, m.floor, m.cleared
@@ -120,14 +121,22 @@ def all_freed(connection: Connection, model_id: int, version: int) -> bool:
         return bool(cursor.execute(ALL_FREED, {"model_id": model_id, "version": version}).fetchone())
 
 
-def declare(connection: Connection, model_id: int, floor: int, *, expired: dict[UUID, int]) -> Declared | None:
+def declare(
+    connection: Connection, model_id: int, floor: int, *, expired: dict[UUID, int], server: Server | None = None
+) -> Declared | None:
     """Clear `floor`, unless a process that is not in `expired` lags behind it (then None, nothing changed).
 
     `expired` are processes whose lease has run out on the caller's own monotonic clock, with the heartbeats they had
-    sent by then; those that lag and have not renewed since are ended.
+    sent by then; those that lag and have not renewed since are ended. None also where `server`, which they were seen
+    on, does not answer any more, see `is_still`.
     """
-    with connection.pipeline():
-        return _declare(connection, model_id, floor, expired)
+    with connection.pipeline(), connection.cursor(row_factory=class_row(Server)) as here:
+        if server is not None:
+            here.execute(SERVER)  # read with the lock, in one round trip: this is waited for
+        model = models.lock_model(connection, model_id)
+        if server is not None and here.fetchall() != [server]:
+            return None
+        return _declare(connection, model, floor, expired)
 
 
 def end_expired(connection: Connection, model_id: int, expired: dict[UUID, int]) -> list[UUID]:
@@ -136,8 +145,8 @@ def end_expired(connection: Connection, model_id: int, expired: dict[UUID, int])
     return _end(connection, expired, model_id=model_id, floor=model.floor)
 
 
-def _declare(connection: Connection, model_id: int, floor: int, expired: dict[UUID, int]) -> Declared | None:
-    model = models.lock_model(connection, model_id)
+def _declare(connection: Connection, model: Model, floor: int, expired: dict[UUID, int]) -> Declared | None:
+    model_id = model.model_id
     with connection.cursor(row_factory=class_row(LeaseRow)) as cursor:
         leases = cursor.execute(LOCK_LEASES, {"model_id": model_id}).fetchall()
     lagging = {lease.process_id: lease.beats for lease in leases if lease.covers < floor}

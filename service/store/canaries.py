@@ -9,7 +9,7 @@ from typing import LiteralString
 from service.domain.errors import ConflictError
 from service.domain.release import Canary
 from service.evidence.events import EventKind
-from service.store import events, gates, models, publish
+from service.store import admissions, events, gates, models, publish
 from service.store.database import Connection, get_time
 from service.store.models import Model
 from service.store.publish import Candidate
@@ -45,7 +45,7 @@ def promote(connection: Connection, model: Model, *, actor: str | None, reason_c
     """
     digest = _running(connection, model)
     trial = gates.find(connection, model.model_id, digest)
-    gates.admit(connection, model.model_id, until=trial.created_at if trial else None)
+    admissions.admit(connection, model.model_id, digest, until=trial.created_at if trial else None)
     gates.mark(connection, model.model_id, digest, "admitted")
     connection.execute(MARK_PROMOTED, {"model_id": model.model_id})
     publish.notify(connection, model.model_id)

@@ -39,6 +39,9 @@ DELETE FROM certificate_open
 WHERE request_id = %(request_id)s::uuid AND model_id = %(model_id)s::bigint AND what = %(what)s::text
   AND name = ANY(%(names)s::text[])
 """
+CLOSE: LiteralString = """
+DELETE FROM certificate_open WHERE request_id = %(request_id)s::uuid AND model_id = %(model_id)s::bigint
+"""
 INSERT_SUPPLEMENT: LiteralString = """
 INSERT INTO certificate_supplement (request_id, model_id, number, envelope, digest, issued_at)
 VALUES (%(request_id)s::uuid, %(model_id)s::bigint, %(number)s::int, %(envelope)s::jsonb, %(digest)s::text,
@@ -131,6 +134,8 @@ def _open_ends(evidence: Evidence) -> Iterable[tuple[str, str, datetime]]:
     if evidence.outcome == "erased":
         for number, after in enumerate(SWEEPS, 1):
             yield "sweep", str(number), evidence.issued_at + after
+    else:
+        yield "lift", "", evidence.issued_at
     for row in open_rows(evidence):
         if row.code == "memory_release_not_confirmed":
             yield "process", row.name, evidence.issued_at
@@ -163,6 +168,8 @@ def insert_supplement(
     for what, names in answered.items():
         if names:
             connection.execute(DELETE_OPEN, {**values, "what": what, "names": names})
+    if addition.lifted:
+        connection.execute(CLOSE, values)
     events.append(
         connection,
         EventKind.CERTIFICATE_SUPPLEMENTED,

@@ -67,7 +67,12 @@ SELECT l.index, l.leaf, o.opening
 FROM event_pending e
 JOIN ledger_leaf l ON l.event_id = e.event_id
 JOIN ledger_opening o ON o.index = l.index
-WHERE e.model_id = %(model_id)s::bigint AND e.kind = %(kind)s::text AND e.body @> %(body)s::jsonb
+WHERE e.model_id = %(model_id)s::bigint AND e.kind = %(kind)s::text AND e.id IN (  -- each as its index says it
+    SELECT id FROM event_pending
+    WHERE kind = 'version.published' AND model_id = %(model_id)s::bigint
+      AND (body ->> 'version')::bigint = (%(body)s::jsonb ->> 'version')::bigint
+    UNION ALL
+    SELECT id FROM event_pending WHERE kind LIKE 'stage.%%' AND body @> %(body)s::jsonb)
   AND l.index >= %(first)s::bigint AND l.index < %(stop)s::bigint
 ORDER BY l.index
 LIMIT 1
@@ -108,12 +113,10 @@ def open_challenge(connection: Connection, name: str, *, checkpoint: str, witnes
             that could be drawn.
         ValueError: not a checkpoint, or not cosigned under that key.
     """
-    model = models.lock_model(connection, models.get_model(connection, name).model_id)
+    model = models.get_model(connection, name)
     witness_name, key = note.read_vkey(witness, note.COSIGNATURE)
     cosigned = note.parse(checkpoint)
     cosignature = note.get_cosignature(cosigned, witness_name, key)
-    if connection.execute(FIND_OPEN, {"model_id": model.model_id}).fetchone() is not None:
-        raise ConflictError("another challenge of the model is open: wait until its stages are replayed")
     signed = _own(connection, read_head(checkpoint))
     assembly = _assembly(connection, model, model.version)
     speaking = challenge.speaking(assembly)
@@ -122,6 +125,11 @@ def open_challenge(connection: Connection, name: str, *, checkpoint: str, witnes
     made = {each.stage_key: each for each in list_served(connection, model.model_id) if each.leaf == each.stage_key}
     if gone := [key for key in drawn if key not in made]:
         raise ConflictError(f"the file of stage {gone[0][:12]} is lost and not trained again yet: try again then")
+    # Only now, and to the end: what was looked up took its time, and deletions publish under this lock.
+    if models.lock_model(connection, model.model_id).version != model.version:
+        raise ConflictError("another version was published meanwhile: have the witness cosign the newest tree head")
+    if connection.execute(FIND_OPEN, {"model_id": model.model_id}).fetchone() is not None:
+        raise ConflictError("another challenge of the model is open: wait until its stages are replayed")
     challenge_id = uuid4()
     only = note.Note(cosigned.text, note.parse(signed.note).signatures + _of(cosigned, witness_name, cosignature))
     values = {"challenge_id": challenge_id, "model_id": model.model_id}
@@ -211,7 +219,9 @@ class _Log:
         if drawn.outcome is None:
             return None
         kind = next(kind for kind, outcome in OUTCOMES.items() if outcome is ReplayOutcome(drawn.outcome))
-        body = {"stage": drawn.differs_at or drawn.stage_key}
+        body = {"stage": drawn.stage_key, "digest": drawn.digest}
+        if drawn.differs_at is not None:  # a stage of its line that has another digest
+            body = {"stage": drawn.differs_at}
         first, stop = self._old.size, self._newest.size
         found = find_entry(self._connection, self._model_id, kind, body, first=first, stop=stop)
         return self._proved(found, self._newest) if found else None
@@ -257,7 +267,8 @@ def _require_logged(connection: Connection, model: Model, size: int, digests: di
     for kind, body in bodies:
         if find_entry(connection, model.model_id, kind, body, stop=size) is None:
             raise ConflictError(
-                "that tree head does not tell of all that the model serves: have the witness cosign the newest one"
+                "that tree head does not tell of all that the model serves: have the witness cosign the newest one; "
+                "where it is, what was trained longer ago than openings are kept (docs/ledger.md) cannot be challenged"
             )
 
 

@@ -166,7 +166,7 @@ def get_evidence(
         model_id=model_id,
         version=request.version,
         event_ids=event_ids,
-        destroyed=[row.object_name for row in (*tainted_objects, *payloads)] if erased else [],
+        destroyed=[row.object_name for row in (*tainted_objects, *payloads)],
     )
     ledger = told.find_ledger(connection, about, checkpoint)
     if ledger is None:

@@ -69,19 +69,6 @@ MARK_GATED: LiteralString = """
 UPDATE stage SET gated = true
 WHERE model_id = %(model_id)s::bigint AND stage_key = ANY(%(stage_keys)s::text[]) AND NOT gated
 """
-MARK_GATED_OPEN: LiteralString = """
-UPDATE stage s SET gated = true
-FROM stage_job j
-WHERE j.stage_key = s.stage_key AND s.model_id = %(model_id)s::bigint AND j.state IN ('queued', 'running')
-  AND NOT EXISTS (SELECT FROM artifact a WHERE a.stage_key = s.stage_key AND a.kind = 'stage')
-"""
-ADMIT: LiteralString = """
-UPDATE stage s SET gated = false
-WHERE s.model_id = %(model_id)s::bigint AND s.gated
-  AND (%(until)s::timestamptz IS NULL  -- else what was trained after the assembly was measured waits for its own turn
-       OR EXISTS (SELECT FROM artifact a
-                  WHERE a.stage_key = s.stage_key AND a.kind = 'stage' AND a.created_at <= %(until)s::timestamptz))
-"""
 LIST_OBJECTS: LiteralString = """
 SELECT a.digest, min(a.object_name) AS object_name
 FROM stage s JOIN artifact a ON a.stage_key = s.stage_key AND a.kind = 'stage' AND a.state = 'live'
@@ -229,16 +216,6 @@ def judge(connection: Connection, model: Model, trial: Trial, found: Score) -> b
 def mark(connection: Connection, model_id: int, assembly: str, state: str) -> None:
     """End an assembly's trial."""
     connection.execute(MARK, {"model_id": model_id, "assembly": assembly, "state": state})
-
-
-def admit(connection: Connection, model_id: int, *, until: datetime | None = None) -> None:
-    """Let the model's gated stages into service, those that there were at `until`; None: all."""
-    connection.execute(ADMIT, {"model_id": model_id, "until": until})
-
-
-def gate_open(connection: Connection, model_id: int) -> None:
-    """Gate what is being trained now."""
-    connection.execute(MARK_GATED_OPEN, {"model_id": model_id})
 
 
 def find_assembly(connection: Connection, digest: str | None) -> Assembly:

@@ -19,7 +19,7 @@ from service.store.artifacts import ArtifactMissingError, Artifacts
 from service.store.cells import Cell
 from service.store.database import Connection, Pool, retrying, transaction
 from service.store.datasets import Dataset
-from service.store.payloads import StoredRecord
+from service.store.payloads import StoredRecord, Whose
 from service.store.records import RecordRow
 from service.store.subjects import Alias
 from shards.digest import sha256_hex
@@ -75,6 +75,8 @@ class _Draft:
     who: dict[Alias, UUID]
     new: dict[Alias, UUID]
     """Subjects that this upload is the first to name."""
+    aliases: dict[UUID, list[Alias]]
+    """Of each subject, as Postgres has them; a subject's are never changed."""
     kept: list[Line]
     skipped: int
     parts: list[_Part]
@@ -83,6 +85,12 @@ class _Draft:
     """Each owner's class of deletion prior, if the dataset has any."""
     first: dict[UUID, int]
     """Those of them that this upload fixes."""
+
+    def whose(self, line: Line) -> Whose:
+        """Whom a line's record concerns."""
+        owner, concerned = self.who[line.owner], sorted({self.who[alias] for alias in line.aliases})
+        aliases = tuple((each, alias.type, alias.digest) for each in concerned for alias in self.aliases[each])
+        return Whose(owner, self.classes.get(owner), aliases)
 
 
 class _ChangedError(Exception):
@@ -101,7 +109,7 @@ def ingest(pool: Pool, artifacts: Artifacts, partition_key: bytes, dataset: Data
         draft = retrying(lambda: _draft(pool, key, dataset, lines))
         try:
             for part in draft.parts:
-                _write(pool, artifacts, part, draft.erased)
+                _write(pool, artifacts, part, draft)
             return retrying(lambda: _publish(pool, dataset, draft))  # noqa: B023 - called at once
         except (_ChangedError, ArtifactMissingError, errors.UniqueViolation):
             _abandon(pool, draft)
@@ -130,7 +138,8 @@ def _draft(pool: Pool, key: bytes, dataset: Dataset, lines: Sequence[Line]) -> _
         classes, first = priors.find_classes(connection, dataset.dataset_id, named_priors)
         parts = _parts(connection, key, dataset, who, kept, classes)
         erased = records.list_erased(connection, [part.cell.cell_id for part in parts])
-        return _Draft(who, new, kept, len(lines) - len(kept), parts, erased, classes, first)
+        aliases = subjects.list_aliases(connection, known.values()) | {who[alias]: [alias] for alias in new}
+        return _Draft(who, new, aliases, kept, len(lines) - len(kept), parts, erased, classes, first)
 
 
 def _parts(
@@ -181,11 +190,11 @@ def _check(connection: Connection, dataset: Dataset, who: dict[Alias, UUID], kep
             )
 
 
-def _write(pool: Pool, artifacts: Artifacts, part: _Part, erased: set[UUID]) -> None:
+def _write(pool: Pool, artifacts: Artifacts, part: _Part, draft: _Draft) -> None:
     """Build and store the cell's next object. Sealed rows stay in it, the manifest leaves them out."""
     old = payloads.decode(artifacts.get(part.cell.object_name)) if part.cell.object_name else []
-    kept = [stored for stored in old if stored.record.record_id not in erased]
-    fresh = [StoredRecord(part.cell.generation + 1, line.record) for line in part.lines]
+    kept = [stored for stored in old if stored.record.record_id not in draft.erased]
+    fresh = [StoredRecord(part.cell.generation + 1, line.record, draft.whose(line)) for line in part.lines]
     data = payloads.encode([*kept, *fresh])
     with transaction(pool) as connection:  # before the first byte (rule 20)
         if not cells.share_unchanged(connection, part.cell):

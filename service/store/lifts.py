@@ -214,6 +214,8 @@ def _serve(connection: Connection, model: Model, back: Iterable[UUID]) -> int | 
         return None
     model = models.get_model_by_id(connection, model.model_id)
     found = publish.candidate(connection, model)
-    if found.assembly.digest == found.served:
+    if found.assembly.digest == models.find_served(connection, model.model_id, model.stable or model.version):
+        if found.waiting:  # what came back may be what a gate is to look at
+            models.mark_unpublished(connection, model.model_id)
         return None
     return publish.publish(connection, model, found, cause="lift")

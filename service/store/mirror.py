@@ -1,7 +1,8 @@
 """Rows that the ledger can rebuild: events of kind `rows.changed`, written by triggers, applied by a restore.
 
 Applied in the ledger's order each gives the rows as they were after its transaction. Not all is there: who was
-ingested, secrets of API keys, callers' references and recipients of exports are in no event.
+ingested is in payload files (`restore_records`); secrets of API keys, callers' references and recipients of exports
+are nowhere.
 """
 
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ TABLES: dict[str, Table] = {
 NOT_MIRRORED = {
     "alembic_version": "the schema's own",
     "key_check": "written down again at the next start",
-    "record_subject": "who was ingested: goes with the record",
+    "record_subject": "who was ingested: comes back from payload files, goes with the record",
     "idempotency_key": "a repeated call makes a new request, which finds nothing left",
     "certificate": "the text is its holders'; its digest is in the event certificate.issued",
     "certificate_supplement": "goes with its certificate",
@@ -80,7 +81,7 @@ NOT_MIRRORED = {
 
 
 def apply(connection: Connection, table: str, change: str, rows: Sequence[dict[str, Any]]) -> int:
-    """Make the rows of one event so; how many of them were found. Run under `expunge.mode` applying.
+    """Make the rows of one change so; how many of them were found. Run under `expunge.mode` applying.
 
     Raises:
         ValueError: a table or a change that is not recorded: the event is of a newer version of this program.
@@ -89,6 +90,8 @@ def apply(connection: Connection, table: str, change: str, rows: Sequence[dict[s
     known, step = TABLES.get(table), {"insert": _insert, "update": _update, "delete": _delete}.get(change)
     if known is None or step is None:
         raise ValueError(f"an event changes {table} by {change}, which this version cannot apply: use a newer one")
+    if not rows:
+        return 0  # of a request about nobody who is known
     columns = sorted({column for row in rows for column in row})
     return connection.execute(step(table, known, columns), {"rows": Jsonb(list(rows))}).rowcount
 

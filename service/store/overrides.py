@@ -2,7 +2,7 @@
 
 from service.domain.errors import ConflictError
 from service.evidence.events import EventKind
-from service.store import events, gates, models, publish
+from service.store import admissions, events, gates, models, publish
 from service.store.database import Connection
 
 
@@ -22,7 +22,7 @@ def override(connection: Connection, name: str, *, actor: str, reason_code: str)
         raise ConflictError(
             "nothing that is trained and clean now was refused or aborted: there is nothing to override"
         )
-    gates.admit(connection, model.model_id, until=trial.created_at)
+    admissions.admit(connection, model.model_id, trial.assembly, until=trial.created_at)
     gates.mark(connection, model.model_id, trial.assembly, "admitted")
     events.append(
         connection,

@@ -19,16 +19,40 @@ SCHEMA = pa.schema(
         ("text", pa.string()),
         ("label", pa.string()),
         ("image", pa.binary()),
+        ("owner", pa.binary(16)),
+        ("prior", pa.int32()),
+        (
+            "aliases",
+            pa.list_(pa.struct([("subject_id", pa.binary(16)), ("type", pa.string()), ("digest", pa.binary(32))])),
+        ),
     ]
 )
 
 
 @dataclass(frozen=True, slots=True)
+class Whose:
+    """Whom a record concerns: what Postgres knows of it, for a database that lost it. No part of any manifest."""
+
+    owner: UUID
+    prior: int | None
+    """The owner's class of deletion prior in the dataset."""
+    aliases: tuple[tuple[UUID, str, bytes], ...]
+    """Subject, type and keyed digest, of everybody whom the record concerns; each has one at least."""
+
+    @property
+    def subjects(self) -> frozenset[UUID]:
+        """The owner and the others."""
+        return frozenset(subject_id for subject_id, _, _ in self.aliases)
+
+
+@dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """A record and the cell generation that it came with."""
+    """A record, the cell generation that it came with, and whose it is."""
 
     generation: int
     record: Record
+    whose: Whose | None
+    """None: written by a version that did not say."""
 
 
 def object_name(digest: str) -> str:
@@ -46,6 +70,9 @@ def encode(records: Iterable[StoredRecord]) -> bytes:
         "text": [stored.record.text for stored in rows],
         "label": [stored.record.label for stored in rows],
         "image": [stored.record.image or None for stored in rows],
+        "owner": [stored.whose and stored.whose.owner.bytes for stored in rows],
+        "prior": [stored.whose and stored.whose.prior for stored in rows],
+        "aliases": [stored.whose and _aliases(stored.whose) for stored in rows],
     }
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=SCHEMA), buffer, compression="zstd", write_statistics=False)
@@ -55,8 +82,19 @@ def encode(records: Iterable[StoredRecord]) -> bytes:
 def decode(data: bytes) -> list[StoredRecord]:
     """The records of a payload file."""
     table = pq.read_table(io.BytesIO(data), schema=SCHEMA)
-    return [StoredRecord(row["generation"], _record(row)) for row in table.to_pylist()]
+    return [StoredRecord(row["generation"], _record(row), _whose(row)) for row in table.to_pylist()]
 
 
 def _record(row: dict[str, Any]) -> Record:
     return Record(UUID(bytes=row["record_id"]), row["salt"], row["text"], row["label"], row["image"] or b"")
+
+
+def _aliases(whose: Whose) -> list[dict[str, Any]]:
+    return [{"subject_id": found.bytes, "type": kind, "digest": digest} for found, kind, digest in whose.aliases]
+
+
+def _whose(row: dict[str, Any]) -> Whose | None:
+    if row["owner"] is None:
+        return None
+    aliases = tuple((UUID(bytes=each["subject_id"]), each["type"], each["digest"]) for each in row["aliases"])
+    return Whose(UUID(bytes=row["owner"]), row["prior"], aliases)

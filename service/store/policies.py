@@ -8,7 +8,7 @@ from service.domain.answers import Answers
 from service.domain.errors import ConflictError
 from service.domain.release import Canary, Gate
 from service.evidence.events import EventKind
-from service.store import deferrals, events, gates, models, publish
+from service.store import admissions, deferrals, events, gates, models, publish
 from service.store.database import Connection
 from service.store.models import Model
 from shards.rebuild import Policy
@@ -121,8 +121,8 @@ def _mark_release(
     if (gate or canary) and (model.policy.kind == "rebuild_first" or model.deferring):
         raise ConflictError(FIRST)
     if (gate or canary) and not (model.gate or model.canary):
-        gates.gate_open(connection, model.model_id)
+        admissions.gate_open(connection, model.model_id)
     bodies = {"gate": Jsonb(gate) if gate else None, "canary": Jsonb(canary) if canary else None}
     connection.execute(MARK_RELEASE, {"model_id": model.model_id, **bodies})
     if not (gate or canary):
-        gates.admit(connection, model.model_id)
+        admissions.admit_all(connection, model.model_id)

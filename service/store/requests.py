@@ -35,12 +35,12 @@ WITH target AS (
            %(due_at)s::timestamptz, %(actor)s::text
     WHERE EXISTS (SELECT FROM target) AND (%(key)s::text IS NULL OR EXISTS (SELECT FROM claim))
     RETURNING request_id, created_at
+), named AS (  -- Postgres runs the last first: the event of targets, which holds the request, comes before its
+    INSERT INTO deletion_request_record (request_id, record_id)
+    SELECT request_id, record_id FROM request, unnest(%(record_ids)s::uuid[]) record_id
 ), made AS (
     INSERT INTO request_target (request_id, model_id, state)
     SELECT request_id, model_id, 'received' FROM request, target
-), named AS (
-    INSERT INTO deletion_request_record (request_id, record_id)
-    SELECT request_id, record_id FROM request, unnest(%(record_ids)s::uuid[]) record_id
 ), event AS (
     INSERT INTO event_pending (kind, request_id, body)
     SELECT 'request.received', request_id, jsonb_build_object(

@@ -30,6 +30,10 @@ SET quarantine = coalesce(vetting.quarantine, EXCLUDED.quarantine), published = 
     progress = coalesce(vetting.progress, EXCLUDED.progress)
 """
 MARK_PROGRESS: LiteralString = "UPDATE vetting SET progress = progress || %(progress)s::jsonb"
+ADD_RECOVERED: LiteralString = """
+UPDATE vetting SET progress = jsonb_set(
+    progress, '{recovered}', to_jsonb(coalesce((progress ->> 'recovered')::bigint, 0) + %(count)s::bigint))
+"""
 OPEN: LiteralString = "UPDATE vetting SET quarantine = NULL, progress = NULL, database = database_identity()"
 INSERT_LEAVES: LiteralString = """
 INSERT INTO ledger_leaf (index, event_id, hash, leaf)
@@ -101,6 +105,11 @@ def mark_progress(connection: Connection, **progress: Any) -> None:
     connection.execute(MARK_PROGRESS, {"progress": Jsonb(progress)})
 
 
+def add_recovered(connection: Connection, count: int) -> None:
+    """Note that so many records got their rows again, in the transaction that inserts these."""
+    connection.execute(ADD_RECOVERED, {"count": count})
+
+
 def open_again(connection: Connection) -> None:
     """The database may work."""
     connection.execute(FORGET_LOSSES)
@@ -148,7 +157,8 @@ def _replay_one(connection: Connection, found: Found) -> bool:
     except psycopg.DatabaseError as error:
         if isinstance(error, psycopg.OperationalError):
             raise
-        body = {"index": leaf.index, "kind": leaf.kind, "table": opened["body"].get("table"), "error": error.sqlstate}
+        tables = [each["table"] for each in opened["body"].get("changes", ())]
+        body = {"index": leaf.index, "kind": leaf.kind, "tables": tables, "error": error.sqlstate}
         insert_loss(connection, "refused", body)
     return True
 
@@ -162,7 +172,8 @@ def apply(connection: Connection, kind: str, body: Mapping[str, Any]) -> None:
     if kind not in set(EventKind):
         raise ValueError(f"the ledger holds events of kind {kind}, which this version does not know: use a newer one")
     if kind == EventKind.ROWS_CHANGED:
-        mirror.apply(connection, body["table"], body["change"], body["rows"])
+        for each in body["changes"]:
+            mirror.apply(connection, each["table"], each["change"], each["rows"] or ())
 
 
 def insert_loss(connection: Connection, what: str, body: dict[str, Any]) -> None:

@@ -19,6 +19,10 @@ SELECT a.type, a.digest, a.subject_id
 FROM unnest(%(types)s::text[], %(digests)s::bytea[]) AS wanted(type, digest)
 JOIN subject_alias a USING (type, digest)
 """
+LIST_ALIASES: LiteralString = """
+SELECT type, digest, subject_id FROM subject_alias WHERE subject_id = ANY(%(subject_ids)s::uuid[])
+ORDER BY type, digest
+"""
 INSERT: LiteralString = """
 INSERT INTO subject (subject_id)
 SELECT id FROM unnest(%(subject_ids)s::uuid[]) id ORDER BY id
@@ -85,6 +89,15 @@ def find_subjects(connection: Connection, aliases: Iterable[Alias]) -> dict[Alia
     with connection.cursor(row_factory=class_row(_Known)) as cursor:
         rows = cursor.execute(RESOLVE, values).fetchall()
     return {named[row.type, bytes(row.digest)]: row.subject_id for row in rows}
+
+
+def list_aliases(connection: Connection, subject_ids: Iterable[UUID]) -> dict[UUID, list[Alias]]:
+    """The aliases of each of the subjects."""
+    found: dict[UUID, list[Alias]] = {}
+    with connection.cursor(row_factory=class_row(_Known)) as cursor:
+        for row in cursor.execute(LIST_ALIASES, {"subject_ids": list(subject_ids)}):
+            found.setdefault(row.subject_id, []).append(Alias(row.type, bytes(row.digest)))
+    return found
 
 
 def insert_subjects(connection: Connection, new: Mapping[Alias, UUID]) -> bool:
