@@ -67,6 +67,19 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.fixture
+def old_keys(world: Copy) -> Iterator[None]:
+    """Puts the keys back afterwards: copies of an installation share them."""
+    keys_dir = world.context.settings.keys_dir
+    kept = {path: path.read_bytes() for path in keys_dir.iterdir() if path.is_file()}
+    yield
+    for path in keys_dir.iterdir():
+        if path in kept:
+            path.write_bytes(kept[path])
+        elif path.is_file():
+            path.unlink()
+
+
+@pytest.fixture
 def site(world: Copy, valkey: str) -> Iterator[Site]:
     settings = world.context.settings
     for name in ("pepper", "partition"):
@@ -140,6 +153,7 @@ def commands_of(readme: str) -> list[list[str]]:
     return [line.split() for line in lines if line.startswith("expunge ")]
 
 
+@pytest.mark.usefixtures("old_keys")
 def test_the_commands_of_the_readme_hold_also_after_the_key_was_changed(
     site: Site, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
