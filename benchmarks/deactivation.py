@@ -22,15 +22,15 @@ from service.cli.demo.stack import Stack
 from service.cli.demo.traffic import Traffic
 from service.settings import Settings
 
-REQUESTS = 90
-BESIDE_REQUESTS = 60
+REQUESTS = 60
+BESIDE_REQUESTS = 40
 """The same, beside other work."""
 WARM_UP = 3
 """Requests before those that are timed: connections are opened, modules imported."""
 PAUSE = 0.3
 """Seconds between a certificate and the next request: relay and planner have had their turn."""
-STOPPED = 5
-"""Requests while a replica is stopped."""
+STOPPED = 4
+"""Requests while a replica is stopped, each replica in turn: the supervisor waits longer at each restart."""
 TRAFFIC_PAUSE = 0.02
 BUSY, BUSY_EPOCHS = "busy-model", 200
 """The model that trains meanwhile, on records of its own."""
@@ -140,8 +140,8 @@ def _with_a_stopped_replica(screen: Screen) -> list[Deactivation]:
     with prepared.running(screen) as (trained, stack, calls, version):
         victims = Victims(trained, version)
         with screen.bar("deleting while a replica is stopped", STOPPED) as advance:
-            for _ in range(STOPPED):
-                pid = stack.programs["server-1"]
+            for number in range(STOPPED):
+                pid = stack.programs[f"server-{1 + number % 2}"]
                 os.kill(pid, signal.SIGSTOP)
                 found.append(victims.delete(calls))
                 os.kill(pid, signal.SIGKILL)
