@@ -39,7 +39,7 @@ golden: $(STAMP) ## bit-exact training alone
 	@$(PYTEST) -m golden
 check: $(STAMP) ## format, lint, types, imports, dependencies, migrations, spelling, files; ONLY=lint runs one
 	@$(BIN)/python tools/check.py $(ONLY)
-bench: $(STAMP) ## figures at small sizes into benchmarks/results.json; ONLY=deactivation runs one group
+bench: $(STAMP) ## figures at small sizes into benchmarks/results.json; ONLY="burst swaps" runs some groups
 	@$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY))
 bench-full: $(STAMP) ## all sizes and seeds
 	@$(BIN)/python -m benchmarks --full $(if $(ONLY),--only $(ONLY))

@@ -58,13 +58,13 @@ GROUPS: Mapping[str, Measure] = {
 def main() -> int:
     """Run; the exit code is 0 only if every group was measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=GROUPS, help="measure one group; the file's other figures stay")
+    parser.add_argument("--only", choices=GROUPS, nargs="+", help="measure these groups; the file's other figures stay")
     parser.add_argument("--full", action="store_true", help="all sizes and seeds")
     options = parser.parse_args()
     console = Console(width=None if os.isatty(1) else 120, highlight=False)
     screen = Screen(console)
     run = Run.now(shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]))
-    names = [options.only] if options.only else list(GROUPS)
+    names: list[str] = options.only or list(GROUPS)
     measured: dict[str, Measured] = {}
     for name in names:
         screen.title(name)

@@ -73,7 +73,7 @@ def test_an_upload_that_read_a_cell_before_its_erasure_writes_nothing_after_it(
     before = payload_names(world)
     monkeypatch.setattr(Artifacts, "get", lambda _self, _name: read)  # as the upload had read it
     with pytest.raises(_ChangedError):
-        _write(world.pool, world.context.artifacts, part, draft.erased)
+        _write(world.pool, world.context.artifacts, part, draft)
     assert payload_names(world) == before
     assert world.rows("SELECT 1 FROM artifact WHERE state = 'writing'") == []
     monkeypatch.undo()

@@ -77,13 +77,14 @@ class Adapters:
         self.apply(target)
         try:
             self._sweep(target)
-            self._replica.reachable = True
             for step in target.steps():
                 if step.body is not None and step.version not in self._loaded and not interrupted():
                     self._load(step, {stage.digest: stage for stage in clean})
                     self.apply(target)
             served = self.apply(target)
             left = self._sweep(target)
+            # An upstream that was started anew answers, but is not ready before it has its adapters again.
+            self._replica.reachable = set(self._replica.versions) <= self._loaded.keys()
         except UpstreamError as error:
             self._replica.reachable = False
             self._cannot(target, f"the upstream does not do it: {error}", type(error).__name__)
