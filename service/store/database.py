@@ -39,7 +39,7 @@ SHUT = {
     "57Q02": "Postgres was started or put back and is being compared with the ledger: try again in a moment; if it"
     " lasts, see that `workers.loops` runs (docs/restore.md)",
 }
-"""What the triggers of revision 0013 raise: by SQLSTATE."""
+"""What the triggers of revision 0012 raise: by SQLSTATE."""
 
 
 class QuarantineError(UnavailableError):

@@ -1,7 +1,7 @@
 """Whether a running database is of one moment with what was signed outside it (protocol.md, rule 16 and section 8).
 
 A database that was started anew, copied or put back may do nothing before it was compared with the tree heads in the
-artefact store and in the high-water file: triggers see to it (revision 0013). `expunge restore` mends what differs.
+artefact store and in the high-water file: triggers see to it (revision 0012). `expunge restore` mends what differs.
 """
 
 from dataclasses import dataclass

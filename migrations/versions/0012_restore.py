@@ -4,8 +4,8 @@ from typing import LiteralString
 
 from alembic import op
 
-revision = "0013"
-down_revision = "0012"
+revision = "0012"
+down_revision = "0011"
 
 # Programs are stopped while migrations run, and the do-not-train list is short.
 TABLES: LiteralString = """

@@ -6,8 +6,8 @@ from alembic import op
 
 from migrations.mirror import mirror
 
-revision = "0017"
-down_revision = "0016"
+revision = "0015"
+down_revision = "0014"
 
 REQUEST = "request_id kind state outcome subject_id subject_commitment regime received_at due_at created_at created_by"
 TARGET = "request_id model_id state outcome version plan error deferred_until deactivated_at erased_at completed_at"

@@ -4,8 +4,8 @@ from typing import LiteralString
 
 from alembic import op
 
-revision = "0015"
-down_revision = "0014"
+revision = "0014"
+down_revision = "0013"
 
 # Programs are stopped while migrations run, and a replay a day makes a short table.
 SCHEMA: LiteralString = """

@@ -4,8 +4,8 @@ from typing import LiteralString
 
 from alembic import op
 
-revision = "0014"
-down_revision = "0013"
+revision = "0013"
+down_revision = "0012"
 
 SCHEMA: LiteralString = """
 -- squawk-ignore-file require-concurrent-index-creation
