@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from enum import StrEnum
 from itertools import chain
 from typing import Annotated, Any, NamedTuple
 from uuid import UUID, uuid4
@@ -17,6 +16,7 @@ from service.api.context import Context, Here
 from service.api.errors import RESPONSES
 from service.api.evidence_bundle import bundle_files
 from service.api.streaming import Streamed
+from service.domain.audit_exports import Format, What
 from service.domain.errors import InvalidInputError, UnavailableError
 from service.evidence.events import EventKind
 from service.evidence.leaves import moment
@@ -31,24 +31,6 @@ from service.store.export_rows import EventRow, Range, RequestRow, TargetRow
 
 router = APIRouter(tags=["audit"], responses=RESPONSES)
 log = get_logger(__name__)
-
-
-class Format(StrEnum):
-    """Kinds of files."""
-
-    JSONL = "jsonl"
-    CSV = "csv"
-    PARQUET = "parquet"
-    BUNDLE = "bundle"
-    PDF = "pdf"
-
-
-class What(StrEnum):
-    """Tables; they share `request_id`."""
-
-    REQUESTS = "requests"
-    TARGETS = "targets"
-    EVENTS = "events"
 
 
 class _Table(NamedTuple):

@@ -1,6 +1,5 @@
 """`expunge export`: requests, targets and events as files, the evidence about them, and the compliance report."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,26 +8,9 @@ import typer
 from service.cli.client import Client
 from service.cli.output import STATE, AsJson, StateDir, show
 from service.cli.request_commands import segment
+from service.domain.audit_exports import Format, What
 
 SUFFIX = {"jsonl": "jsonl", "csv": "csv", "parquet": "parquet", "bundle": "zip", "pdf": "pdf"}
-
-
-class Format(StrEnum):
-    """Kinds of files."""
-
-    JSONL = "jsonl"
-    CSV = "csv"
-    PARQUET = "parquet"
-    BUNDLE = "bundle"
-    PDF = "pdf"
-
-
-class What(StrEnum):
-    """Tables."""
-
-    REQUESTS = "requests"
-    TARGETS = "targets"
-    EVENTS = "events"
 
 
 def export(
