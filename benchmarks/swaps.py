@@ -10,8 +10,9 @@ from service.cli.demo.show import Screen
 from service.cli.demo.traffic import Traffic
 
 SWAPS = 100
-SPACING = 0.2
-"""Seconds from one swap to the next deletion request."""
+SPACING = 1.0
+"""Seconds from one swap to the next deletion request: an answer that a swap overtakes is computed anew, and where
+predictions take longer than swaps are apart the figure tells of that alone."""
 SENDERS = 2
 """Per model server."""
 PAUSE = 0.02
@@ -57,6 +58,7 @@ def measure(screen: Screen, *, full: bool) -> Measured:  # noqa: ARG001 - one si
             "predictions_per_s": round(len(busy + quiet) / took, 1),
             "senders": len(stack.servers) * SENDERS,
             "pause_s": PAUSE,
+            "spacing_s": SPACING,
             **prepared.GRID,
             "note": "stale: sent after the client had read `deactivated`, and answered from below that floor",
         },
