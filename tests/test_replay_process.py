@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 from test_replays import claimed, drawn, figures, leaf_of, loop_of, outcome, world
@@ -93,12 +92,15 @@ def test_a_process_leaves_with_its_worker(
     (replay_id,) = drawn(world)
     claim = claimed(world, replay_id)
     monkeypatch.setattr(loop, "LEAVE_SECONDS", 60)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "workers.replay_one", str(claim.replay_id), str(claim.token)],
-        env=loop._environment(world.context.settings),
-        stdin=subprocess.PIPE,
-        preexec_fn=partial(signal.signal, signal.SIGINT, inherited),  # noqa: PLW1509 - no thread of ours is running
-    )
+    ours = signal.signal(signal.SIGINT, inherited)  # here, not in `preexec_fn`, which would copy this whole process
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "workers.replay_one", str(claim.replay_id), str(claim.token)],
+            env=loop._environment(world.context.settings),
+            stdin=subprocess.PIPE,
+        )
+    finally:
+        signal.signal(signal.SIGINT, ours)
     loop._end(process)
     assert process.returncode == ENDED
     assert outcome(world, replay_id) == (None, None)
