@@ -139,7 +139,10 @@ def _with_a_stopped_replica(screen: Screen) -> list[Deactivation]:
     found: list[Deactivation] = []
     with prepared.running(screen) as (trained, stack, calls, version):
         victims = Victims(trained, version)
-        with screen.bar("deleting while a replica is stopped", STOPPED) as advance:
+        with screen.bar("deleting while a replica is stopped", WARM_UP + STOPPED) as advance:
+            for _ in range(WARM_UP):
+                _wait_until_idle(stack, calls, victims.delete(calls))
+                advance(1)
             for number in range(STOPPED):
                 pid = stack.programs[f"server-{1 + number % 2}"]
                 os.kill(pid, signal.SIGSTOP)

@@ -93,6 +93,25 @@ def test_rows_of_one_length_share_passes_and_the_oldest_goes_first() -> None:
     assert predictor.ran == [[1], [25, 26], [1] * ROWS, [1] * ROWS, [3], [41]]
 
 
+def test_what_is_computed_again_keeps_its_place() -> None:
+    predictor = Lengths()
+
+    async def work(compute: Compute) -> None:
+        arrived = time.monotonic()
+        first = asyncio.create_task(compute.run(predictor, ["a"]))
+        await asyncio.to_thread(predictor.begun.wait)
+        later = [asyncio.create_task(compute.run(predictor, ["a" * 25] * (ROWS + 1)))]
+        later.append(asyncio.create_task(compute.run(predictor, ["a" * 41])))
+        await asyncio.sleep(0.01)
+        again = asyncio.create_task(compute.run(predictor, ["a" * 26], arrived=arrived))
+        await asyncio.sleep(0.01)
+        predictor.go.set()
+        await asyncio.gather(first, *later, again)
+
+    running(work)
+    assert predictor.ran == [[1], [26] + [25] * (ROWS - 1), [25] * 2, [41]]
+
+
 def test_one_callers_failure_is_no_other_ones() -> None:
     predictor = Lengths()
 

@@ -7,6 +7,7 @@ depend on the company. The pass with the oldest row is next, so no length waits 
 import asyncio
 import threading
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,9 +41,9 @@ class _Call:
     predictor: Predictor
     inputs: Sequence[Input]
     wanted: Callable[[], bool]
+    arrived: float
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[Logits | None]"
-    arrived: float = field(default_factory=time.monotonic)
     answers: list[Any] = field(default_factory=list)
     """Logits by row, as far as they are known."""
     left: int = 0
@@ -90,16 +91,24 @@ class Compute:
         self._thread.start()
 
     async def run(
-        self, predictor: Predictor, inputs: Sequence[Input], wanted: Callable[[], bool] = lambda: True
+        self,
+        predictor: Predictor,
+        inputs: Sequence[Input],
+        wanted: Callable[[], bool] = lambda: True,
+        *,
+        arrived: float | None = None,
     ) -> Logits | None:
         """Logits (inputs, outputs); None where `wanted`, asked before each pass, said no: then none is computed.
+
+        `arrived` is when the request came, in seconds of the monotonic clock, now unless given: what is computed again
+        keeps its place, or requests would starve while versions follow one another.
 
         Raises:
             OverloadedError: the queue is full, or closed.
             ComputeError: the engine failed.
         """
         loop = asyncio.get_running_loop()
-        call = _Call(predictor, inputs, wanted, loop, loop.create_future())
+        call = _Call(predictor, inputs, wanted, arrived or time.monotonic(), loop, loop.create_future())
         with self._ready:
             if self._closed or self._waiting + len(inputs) > BACKLOG_ROWS:
                 raise OverloadedError
@@ -177,7 +186,8 @@ class Compute:
                 continue
             call.answers, call.left = [None] * len(encoded), len(encoded)
             for place, (length, each) in enumerate(encoded):
-                self._rows.setdefault((call.predictor, length), deque()).append(_Row(call, place, each))
+                queue = self._rows.setdefault((call.predictor, length), deque())
+                insort(queue, _Row(call, place, each), key=lambda row: row.call.arrived)
 
     def _patient(self) -> bool:
         """Wait for company, if there is room and a reason for it; whether something may have arrived."""

@@ -64,14 +64,17 @@ class Predictions:
         Raises:
             ProblemError: nothing was sent.
         """
-        return await respond(served, partial(self._answer, served.replica, question, call.least), call, self.metrics)
+        work = partial(self._answer, served.replica, question, call.least, time.monotonic())
+        return await respond(served, work, call, self.metrics)
 
-    async def _answer(self, replica: Replica, question: Question, least: int, pointer: Pointer) -> Answer | None:
+    async def _answer(
+        self, replica: Replica, question: Question, least: int, arrived: float, pointer: Pointer
+    ) -> Answer | None:
         check_version(pointer, least)
         inputs = question.inputs(pointer, replica.answers)
         check_live(replica, pointer)
         may_answer = partial(replica.may_answer, pointer.version)
-        logits = await computed(self.compute.run(pointer.predictor, inputs, may_answer))
+        logits = await computed(self.compute.run(pointer.predictor, inputs, may_answer, arrived=arrived))
         return None if logits is None else question.render(replica.model, pointer, logits, replica.answers)
 
 
