@@ -16,10 +16,12 @@ def mirror(table: str, columns: Sequence[str], key: Sequence[str], changes: Sequ
         "INSERT": f"SELECT jsonb_agg(to_jsonb(n)) INTO images FROM (SELECT {every} FROM fresh) n;",
         "UPDATE": f"""
         SELECT jsonb_agg((
-            SELECT jsonb_object_agg(e.key, e.value) FROM jsonb_each(to_jsonb(n)) e
-            WHERE e.key = ANY('{{{keys}}}') OR e.value IS DISTINCT FROM to_jsonb(o) -> e.key)) INTO images
-        FROM (SELECT {every} FROM fresh) n JOIN (SELECT {every} FROM gone) o USING ({keys})
-        WHERE to_jsonb(n) <> to_jsonb(o);""",
+            SELECT jsonb_object_agg(e.key, e.value) FROM jsonb_each(b.now) e
+            WHERE e.key = ANY('{{{keys}}}') OR e.value IS DISTINCT FROM b.before -> e.key)) INTO images
+        FROM (  -- OFFSET: each row is turned into JSON once, not once a column
+            SELECT to_jsonb(n) AS now, to_jsonb(o) AS before
+            FROM (SELECT {every} FROM fresh) n JOIN (SELECT {every} FROM gone) o USING ({keys}) OFFSET 0) b
+        WHERE b.now <> b.before;""",
         "DELETE": f"SELECT jsonb_agg(to_jsonb(o)) INTO images FROM (SELECT {keys} FROM gone) o;",
     }
     seen = {

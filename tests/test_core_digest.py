@@ -1,5 +1,6 @@
 from uuid import UUID
 
+import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,6 +43,32 @@ def test_any_changed_leaf_changes_the_root(leaves: list[bytes], data: st.DataObj
 def test_canonical_json_knows_no_order_of_keys() -> None:
     assert canonical({"b": 1, "a": [True, None]}) == b'{"a":[true,null],"b":1}'
     assert digest_of({"x": 1, "y": 2}) == digest_of({"y": 2, "x": 1})
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53) + 1, 2**53 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+)
+
+
+@given(JSON)
+def test_canonical_json_is_that_of_rfc_8785(value: object) -> None:
+    """Also where the standard library writes it, since texts are ASCII and numbers whole."""
+    assert canonical(value) == rfc8785.dumps(value)
+
+
+@given(
+    st.recursive(
+        st.text(st.characters(max_codepoint=127)),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(max_codepoint=127), max_size=4), inner),
+    )
+)
+def test_canonical_json_escapes_every_ascii_character_as_rfc_8785_does(value: object) -> None:
+    assert canonical(value) == rfc8785.dumps(value)
 
 
 def test_keyed_parts_do_not_run_together() -> None:

@@ -44,11 +44,11 @@ def plan_targets(context: Context, model_id: int) -> int:
     Returns:
         How many targets were taken; 0 where another planner was faster.
     """
-    counted = False
+    counted = singly = False
 
     def step() -> int:
         with transaction(context.pool) as connection:
-            return plan_batch(connection, model_id, counted=counted)
+            return plan_batch(connection, model_id, counted=counted, singly=singly)
 
     while True:
         try:
@@ -58,6 +58,10 @@ def plan_targets(context: Context, model_id: int) -> int:
         except _OverdueError as overdue:
             _drop_hopeless(context, model_id, overdue.args[0])
             counted = True
+        except psycopg.errors.DatabaseError as error:
+            if singly or isinstance(error, psycopg.OperationalError):
+                raise
+            singly = True  # one bad target must not poison the batch (rule 27)
 
 
 def _drop_hopeless(context: Context, model_id: int, request_ids: list[UUID]) -> None:
@@ -68,52 +72,40 @@ def _drop_hopeless(context: Context, model_id: int, request_ids: list[UUID]) -> 
                 _fail(connection, overdue.request_id, model_id, "PlannerDied")
 
 
-def plan_batch(connection: Connection, model_id: int, *, counted: bool) -> int:
+def plan_batch(connection: Connection, model_id: int, *, counted: bool, singly: bool = False) -> int:
     """One deactivation for the received targets of a model, in the caller's transaction; returns how many.
 
-    `counted` says that the attempt of overdue ones was.
+    `counted` says that the attempt of overdue ones was; `singly`, that each is to be tried in a savepoint of its own.
     """
-    model = models.lock_model(connection, model_id)
-    if model.deactivated_ago is not None and model.deactivated_ago < SPACING_SECONDS:
-        raise _TooSoonError(SPACING_SECONDS - model.deactivated_ago)
-    claimed = targets.claim_received(connection, model_id)
-    if not claimed:
-        return 0
-    overdue = [one.request_id for one in claimed if one.overdue]
-    if overdue and not counted:
-        raise _OverdueError(overdue)
-    try:
-        with connection.transaction():
+    with connection.pipeline():  # what is not read at once travels together with the next that is
+        locked = models.ask_locked(connection, model_id)
+        claimed = targets.claim_received(connection, model_id)
+        model = locked()
+        if model.deactivated_ago is not None and model.deactivated_ago < SPACING_SECONDS:
+            raise _TooSoonError(SPACING_SECONDS - model.deactivated_ago)
+        overdue = [one.request_id for one in claimed if one.overdue]
+        if overdue and not counted:
+            raise _OverdueError(overdue)
+        if claimed and not singly:
             _deactivate(connection, model, claimed)
-    except psycopg.errors.DatabaseError as error:
-        if isinstance(error, psycopg.OperationalError):
-            raise
-        _deactivate_singly(connection, model, claimed)
+    if singly:
+        _deactivate_singly(connection, model_id, claimed)
     return len(claimed)
 
 
-def _deactivate_singly(connection: Connection, model: Model, claimed: list[Claimed]) -> None:
-    """One bad target must not poison the batch (rule 27): try each in a savepoint of its own."""
+def _deactivate_singly(connection: Connection, model_id: int, claimed: list[Claimed]) -> None:
     for one in claimed:
         try:
-            with connection.transaction():
-                _deactivate(connection, models.lock_model(connection, model.model_id), [one])
+            with connection.transaction(), connection.pipeline():
+                _deactivate(connection, models.lock_model(connection, model_id), [one])
         except psycopg.errors.DatabaseError as error:
             if isinstance(error, psycopg.OperationalError):
                 raise
-            _fail(connection, one.request_id, model.model_id, type(error).__name__)
+            _fail(connection, one.request_id, model_id, type(error).__name__)
 
 
 def _deactivate(connection: Connection, model: Model, claimed: list[Claimed]) -> None:
-    """Records to tombstones to tainted stages to the next version, under model, subject and cell locks.
-
-    In a pipeline: what is not read at once travels together with the next that is.
-    """
-    with connection.pipeline():
-        _deactivate_in_pipeline(connection, model, claimed)
-
-
-def _deactivate_in_pipeline(connection: Connection, model: Model, claimed: list[Claimed]) -> None:
+    """Records to tombstones to tainted stages to the next version, under model, subject and cell locks."""
     targets.lock_subjects(connection, [one.subject_id for one in claimed if one.subject_id])
     places = tombstones.list_places(connection, model.model_id, model.dataset_id, [one.request_id for one in claimed])
     cells.hold_cells(connection, {place.cell_id for place in places})
@@ -127,12 +119,14 @@ def _deactivate_in_pipeline(connection: Connection, model: Model, claimed: list[
     tombstones.insert_tombstones(connection, places)
     targets.insert_targets(connection, model.dataset_id, matched)
     tombstones.insert_do_not_train(connection, model.dataset_id, matched)
+    held = stages.ask_held(connection, model.model_id, model.recipe_digest, {place.cell_id for place in places})
     found = publish.candidate(connection, model)
-    for key in jobs.cancel(connection, found.tainted):
+    cancelled = jobs.ask_cancel(connection, found.tainted)
+    traces = held()
+    touched = stages.list_touched_by(connection, traces, matched)
+    for key in cancelled():
         events.append(connection, EventKind.STAGE_CANCELLED, model_id=model.model_id, stage=key)
-    held = stages.list_held(connection, model.model_id, model.recipe_digest, {place.cell_id for place in places})
-    touched = stages.list_touched_by(connection, held, matched)
-    tainted = {request_id: sorted(plan.tainted(held.values(), touched[request_id])) for request_id in matched}
+    tainted = {request_id: sorted(plan.tainted(traces.values(), touched[request_id])) for request_id in matched}
     due = min(one.due_at for one in claimed if one.request_id in tainted)
     models.mark_rebuild_wanted(connection, model.model_id, due=due)
     settled = deferring.settle(connection, model, claimed, places, tainted)

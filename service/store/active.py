@@ -6,7 +6,7 @@ wait. But of the manifests that stages read, one that holds no record that is ou
 active records' own.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import LiteralString
@@ -14,7 +14,7 @@ from uuid import UUID
 
 from psycopg.rows import class_row
 
-from service.store.database import Connection
+from service.store.database import Connection, ask
 from shards.stages import CellRoot
 
 LIST_CELLS: LiteralString = """
@@ -66,28 +66,27 @@ class _Manifest:
     rows: int
 
 
+def ask_cells(
+    connection: Connection, dataset_id: UUID, *, without: Sequence[UUID] = ()
+) -> Callable[[], list[ActiveCell]]:
+    """The dataset's cells, counted without the active records `without`; see `database.ask`."""
+    return ask(connection, LIST_CELLS, {"dataset_id": dataset_id, "without": list(without)}, class_row(ActiveCell))
+
+
 def list_roots(
-    connection: Connection,
-    dataset_id: UUID,
-    stage_keys: Iterable[str],
-    touched: AbstractSet[CellRoot],
-    *,
-    without: Sequence[UUID] = (),
+    connection: Connection, cells: Sequence[ActiveCell], stage_keys: Iterable[str], touched: AbstractSet[CellRoot]
 ) -> dict[int, dict[int, str]]:
     """Roots of the active records' manifests: shard -> slice -> root, `UNKNOWN` where no stage reads that manifest.
 
     Args:
         connection: under the model's lock. What another model's planner changes between these reads can only rank
             stages wrongly that are clean, and until this model's own planner has run.
-        dataset_id: the model's.
+        cells: what `ask_cells` gave for the model's dataset.
         stage_keys: the stages to choose from.
         touched: the manifests in their lineage that hold a record with an open tombstone (`stages.list_touched`),
-            or one of `without`.
-        without: active records of the dataset that are to be left out.
+            or one that the cells are counted without.
     """
-    with connection.cursor(row_factory=class_row(ActiveCell)) as cursor:
-        found = cursor.execute(LIST_CELLS, {"dataset_id": dataset_id, "without": list(without)}).fetchall()
-    unsettled = [cell.cell_id for cell in found if not cell.settled]
+    unsettled = [cell.cell_id for cell in cells if not cell.settled]
     read: dict[int, list[_Manifest]] = {cell_id: [] for cell_id in unsettled}
     if unsettled:
         values = {"stage_keys": list(stage_keys), "cell_ids": unsettled}
@@ -95,7 +94,7 @@ def list_roots(
             for manifest in cursor.execute(LIST_MANIFESTS, values):
                 read[manifest.cell_id].append(manifest)
     roots: dict[int, dict[int, str]] = {}
-    for cell in found:
+    for cell in cells:
         roots.setdefault(cell.shard, {})[cell.slice] = cell.root if cell.settled else _root(cell, read, touched)
     return roots
 

@@ -9,7 +9,7 @@ from psycopg.rows import class_row, scalar_row
 
 from service.evidence.events import EventKind
 from service.store import events, models, targets
-from service.store.database import Connection
+from service.store.database import Connection, ask
 from service.store.models import Model
 
 LIST_WAITING: LiteralString = """
@@ -97,16 +97,11 @@ class Declared:
 
 def look(connection: Connection) -> tuple[Server, list[Waiting], list[LeaseRow]]:
     """The server, models to do something for, and processes that have not ended; one round trip."""
-    with (
-        connection.pipeline(),
-        connection.cursor(row_factory=class_row(Server)) as first,
-        connection.cursor(row_factory=class_row(Waiting)) as second,
-        connection.cursor(row_factory=class_row(LeaseRow)) as third,
-    ):
-        first.execute(SERVER)
-        second.execute(LIST_WAITING)
-        third.execute(LIST_LEASES)
-        return first.fetchall()[0], second.fetchall(), third.fetchall()
+    with connection.pipeline():
+        server = ask(connection, SERVER, {}, class_row(Server))
+        waiting = ask(connection, LIST_WAITING, {}, class_row(Waiting))
+        leases = ask(connection, LIST_LEASES, {}, class_row(LeaseRow))
+        return server()[0], waiting(), leases()
 
 
 def is_still(connection: Connection, server: Server) -> bool:
@@ -130,13 +125,13 @@ def declare(
     sent by then; those that lag and have not renewed since are ended. None also where `server`, which they were seen
     on, does not answer any more, see `is_still`.
     """
-    with connection.pipeline(), connection.cursor(row_factory=class_row(Server)) as here:
-        if server is not None:
-            here.execute(SERVER)  # read with the lock, in one round trip: this is waited for
-        model = models.lock_model(connection, model_id)
-        if server is not None and here.fetchall() != [server]:
+    with connection.pipeline():  # this is waited for: server, model and leases come in one round trip
+        here = ask(connection, SERVER, {}, class_row(Server))
+        model = models.ask_locked(connection, model_id)
+        leases = ask(connection, LOCK_LEASES, {"model_id": model_id}, class_row(LeaseRow))
+        if here() != [server] and server is not None:
             return None
-        return _declare(connection, model, floor, expired)
+        return _declare(connection, model(), leases(), floor, expired)
 
 
 def end_expired(connection: Connection, model_id: int, expired: dict[UUID, int]) -> list[UUID]:
@@ -145,10 +140,10 @@ def end_expired(connection: Connection, model_id: int, expired: dict[UUID, int])
     return _end(connection, expired, model_id=model_id, floor=model.floor)
 
 
-def _declare(connection: Connection, model: Model, floor: int, expired: dict[UUID, int]) -> Declared | None:
+def _declare(
+    connection: Connection, model: Model, leases: list[LeaseRow], floor: int, expired: dict[UUID, int]
+) -> Declared | None:
     model_id = model.model_id
-    with connection.cursor(row_factory=class_row(LeaseRow)) as cursor:
-        leases = cursor.execute(LOCK_LEASES, {"model_id": model_id}).fetchall()
     lagging = {lease.process_id: lease.beats for lease in leases if lease.covers < floor}
     if any(expired.get(process_id) != beats for process_id, beats in lagging.items()):
         return None

@@ -2,14 +2,14 @@
 
 import random
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
 from psycopg import errors
-from psycopg.rows import TupleRow
+from psycopg.rows import RowFactory, TupleRow
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from service.domain.errors import UnavailableError
@@ -19,10 +19,12 @@ Pool = ConnectionPool[Connection]
 T = TypeVar("T")
 
 # jit: compiling a plan takes longer than any query here. synchronous_commit: what was told must stand (protocol.md,
-# rules 3 and 12), whatever the database's own default; a heartbeat alone turns it off.
+# rules 3 and 12), whatever the database's own default; a heartbeat alone turns it off. plan_cache_mode: planning takes
+# longer than most of these queries, so a connection plans each once. enable_seqscan: a plan outlives the hour in which
+# a table was small, and each query has its index (tests/test_store_schema.py).
 GUARDS = (
     "-c lock_timeout=2000 -c idle_in_transaction_session_timeout=5000 -c synchronous_commit=on "
-    "-c timezone=UTC -c jit=off"
+    "-c timezone=UTC -c jit=off -c plan_cache_mode=force_generic_plan -c enable_seqscan=off"
 )
 KEEPALIVE: dict[str, Any] = {
     "keepalives_idle": 5,
@@ -96,6 +98,18 @@ def transaction(pool: Pool) -> Generator[Connection]:
         raise UnavailableError(
             "Postgres does not answer; nothing was changed, or the change stands: read it again"
         ) from error
+
+
+def ask(
+    connection: Connection, query: LiteralString, values: Mapping[str, Any], row: RowFactory[T]
+) -> Callable[[], list[T]]:
+    """Send a query; what is returned gives its rows, once.
+
+    In a pipeline all that is asked before the first answer is taken shares one round trip.
+    """
+    cursor = connection.cursor(row_factory=row)
+    cursor.execute(query, values)
+    return cursor.fetchall
 
 
 def get_time(connection: Connection) -> datetime:

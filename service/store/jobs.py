@@ -1,12 +1,12 @@
 """Stage jobs: who trains which stage, under a token that fences zombies (protocol.md section 4)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import LiteralString
 
 from psycopg.rows import class_row, scalar_row
 
-from service.store.database import Connection
+from service.store.database import Connection, ask
 
 INSERT: LiteralString = """
 INSERT INTO stage_job (stage_key, model_id, work, queued_at)
@@ -170,8 +170,12 @@ def mark_tried(connection: Connection, job: Job, error: str, *, limit: int) -> T
 
 def cancel(connection: Connection, stage_keys: Iterable[str]) -> list[str]:
     """Cancel open jobs on those keys; a trainer that is at it finds its token old (rule 22)."""
-    with connection.cursor(row_factory=scalar_row) as cursor:
-        return cursor.execute(CANCEL, {"stage_keys": sorted(stage_keys)}).fetchall()
+    return ask_cancel(connection, stage_keys)()
+
+
+def ask_cancel(connection: Connection, stage_keys: Iterable[str]) -> Callable[[], list[str]]:
+    """As `cancel`; see `database.ask`."""
+    return ask(connection, CANCEL, {"stage_keys": sorted(stage_keys)}, scalar_row)
 
 
 def list_stalled(connection: Connection, *, seconds: float) -> list[Job]:

@@ -1,6 +1,7 @@
 """Models and their versions: `version`, `floor` and `cleared` only grow (rule 1)."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -12,7 +13,7 @@ from psycopg.types.json import Jsonb
 
 from service.domain.answers import Answers
 from service.domain.errors import NotFoundError
-from service.store.database import Connection
+from service.store.database import Connection, ask
 from shards.rebuild import Policy
 from shards.recipe import Recipe
 
@@ -207,23 +208,32 @@ def get_model(connection: Connection, name: str) -> Model:
 
 def get_model_by_id(connection: Connection, model_id: int) -> Model:
     """The model with that id, unlocked."""
-    return _one(connection, GET, model_id)
+    return _ask(connection, GET, model_id)()
 
 
 def lock_model(connection: Connection, model_id: int) -> Model:
     """The model, locked FOR NO KEY UPDATE: the first lock of every transaction that publishes or declares."""
-    return _one(connection, LOCK, model_id)
+    return ask_locked(connection, model_id)()
+
+
+def ask_locked(connection: Connection, model_id: int) -> Callable[[], Model]:
+    """As `lock_model`; see `database.ask`."""
+    return _ask(connection, LOCK, model_id)
 
 
 def share_model(connection: Connection, model_id: int) -> Model:
     """The model, locked FOR SHARE: its floor cannot rise until the transaction ends (rules 3 and 5)."""
-    return _one(connection, LOCK_SHARED, model_id)
+    return _ask(connection, LOCK_SHARED, model_id)()
 
 
 def find_served(connection: Connection, model_id: int, version: int) -> str | None:
     """Digest of the assembly that a version serves."""
-    with connection.cursor(row_factory=scalar_row) as cursor:
-        return cursor.execute(FIND_SERVED, {"model_id": model_id, "version": version}).fetchone()
+    return next(iter(ask_served(connection, model_id, version)()), None)
+
+
+def ask_served(connection: Connection, model_id: int, version: int) -> Callable[[], list[str]]:
+    """As `find_served`, in a list of one or none; see `database.ask`."""
+    return ask(connection, FIND_SERVED, {"model_id": model_id, "version": version}, scalar_row)
 
 
 def mark_rebuild_wanted(
@@ -290,9 +300,12 @@ def find_version(connection: Connection, model_id: int, version: int) -> Version
         return cursor.execute(FIND_VERSION, {"model_id": model_id, "version": version}).fetchone()
 
 
-def _one(connection: Connection, query: LiteralString, model_id: int) -> Model:
-    with connection.cursor(row_factory=class_row(Model)) as cursor:
-        found = cursor.execute(query, {"model_id": model_id}).fetchone()
-    if found is None:
-        raise NotFoundError("there is no model with that id")
-    return found
+def _ask(connection: Connection, query: LiteralString, model_id: int) -> Callable[[], Model]:
+    asked = ask(connection, query, {"model_id": model_id}, class_row(Model))
+
+    def one() -> Model:
+        if not (found := asked()):
+            raise NotFoundError("there is no model with that id")
+        return found[0]
+
+    return one

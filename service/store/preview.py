@@ -119,7 +119,8 @@ def preview(connection: Connection, model: Model, record_ids: Sequence[UUID]) ->
     hit = plan.tainted(open_stages.stages.values(), touched)
 
     def assembly(without: Sequence[UUID], more: AbstractSet[CellRoot] = frozenset()) -> Assembly:
-        roots = active.list_roots(connection, model.dataset_id, open_stages.stages, out | more, without=without)
+        cells = active.ask_cells(connection, model.dataset_id, without=without)()
+        roots = active.list_roots(connection, cells, open_stages.stages, out | more)
         bars = plan.tainted(open_stages.stages.values(), barred | more)
         live = open_stages.live(without=bars | open_stages.gated)
         pinned = publish.find_pinned(connection, model, open_stages, bars)

@@ -65,10 +65,12 @@ def candidate(connection: Connection, model: Model, *, gated: bool = False) -> C
     while all of it is clean.
     """
     recipe = model.parsed_recipe
+    cells = active.ask_cells(connection, model.dataset_id)
+    served = models.ask_served(connection, model.model_id, model.version)
     open_stages = stages.list_open(connection, model.model_id, model.recipe_digest)
     touched = stages.list_touched(connection, open_stages.stages)
     tainted = plan.tainted(open_stages.stages.values(), touched)
-    roots = active.list_roots(connection, model.dataset_id, open_stages.stages, touched)
+    roots = active.list_roots(connection, cells(), open_stages.stages, touched)
     barred = tainted
     if model.deferring:
         touched = deferrals.list_touched(connection, model.model_id, open_stages.stages)
@@ -76,12 +78,11 @@ def candidate(connection: Connection, model: Model, *, gated: bool = False) -> C
     waiting = frozenset[str]() if gated else open_stages.gated - barred
     pinned = find_pinned(connection, model, open_stages, barred)
     assembly = pinned or plan.assemble(recipe, open_stages.live(barred | waiting), open_stages.digests, roots)
-    served = models.find_served(connection, model.model_id, model.version)
     return Candidate(
         assembly,
         plan.canonical(assembly, recipe, roots),
         tainted,
-        served,
+        next(iter(served()), None),
         reserve=not barred.isdisjoint(open_stages.digests),
         pinned=pinned is not None,
         waiting=not waiting.isdisjoint(open_stages.digests),

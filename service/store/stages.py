@@ -1,6 +1,6 @@
 """Stages, their lineage and their artefacts as the planner sees them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +10,7 @@ from uuid import UUID
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
-from service.store.database import Connection
+from service.store.database import Connection, ask
 from shards.assembly import Assembly, Member
 from shards.stages import CellRoot, Stage
 
@@ -190,12 +190,16 @@ def list_open(connection: Connection, model_id: int, recipe: str) -> OpenStages:
     return found
 
 
-def list_held(connection: Connection, model_id: int, recipe: str, cell_ids: Iterable[int]) -> dict[str, Stage]:
-    """Stages in the shards of these cells of which any trace is left or coming: what a plan may have to name."""
+def ask_held(
+    connection: Connection, model_id: int, recipe: str, cell_ids: Iterable[int]
+) -> Callable[[], dict[str, Stage]]:
+    """Stages in the shards of these cells of which any trace is left or coming: what a plan may have to name.
+
+    See `database.ask`.
+    """
     values = {"model_id": model_id, "cell_ids": list(cell_ids)}
-    with connection.cursor(row_factory=class_row(StageRow)) as cursor:
-        rows = cursor.execute(LIST_HELD, values).fetchall()
-    return {row.stage_key: row.stage(recipe) for row in rows}
+    rows = ask(connection, LIST_HELD, values, class_row(StageRow))
+    return lambda: {row.stage_key: row.stage(recipe) for row in rows()}
 
 
 def list_by_key(connection: Connection, stage_keys: Iterable[str], recipe: str) -> dict[str, Stage]:
