@@ -27,7 +27,7 @@ from shards.engine.prompts import Prompts
 from shards.engine.s3t import S3T
 from shards.engine.skeleton import Skeleton
 from shards.engine.stacked import StackedReader
-from shards.engine.window import Window, same_bits
+from shards.engine.window import Batch, Window, same_bits
 from shards.manifest import Record
 from shards.recipe import Recipe
 from shards.stages import Stage, chain
@@ -103,11 +103,27 @@ def test_injected_equals_full_forward(trained: Trained, precision: str) -> None:
         for boundary, hidden in states.items():
             assert same_bits(window.logits(batch, boundary, hidden), full)
             assert same_bits(window.states(batch, [3], boundary, hidden)[3], states[3])
+        window.learn_entry(batch)
+        for boundary, hidden in states.items():  # the embeddings' output is not needed, so they do not run
+            assert same_bits(_without_entry(window, batch, boundary, hidden), full)
+        assert same_bits(window.logits(batch), full)
         plain = found.model(**batch.inputs).logits
     assert full.shape == (5, found.outputs)
     if batch.keep is not None:
         plain = plain[batch.keep]
     torch.testing.assert_close(full, plain)
+
+
+def _without_entry(window: Window, batch: Batch, boundary: int, hidden: torch.Tensor) -> torch.Tensor:
+    assert window._entry is not None
+    ran: list[object] = []
+    inner = [each.register_forward_hook(lambda *_: ran.append(1)) for each in window._entry.children()]
+    try:
+        return window.logits(batch, boundary, hidden)
+    finally:
+        for hook in inner:
+            hook.remove()
+        assert not ran
 
 
 def test_gradients_reach_the_block_and_the_head_and_nothing_else(trained: Trained) -> None:

@@ -263,6 +263,8 @@ class Skeleton:
     def _learn(self) -> None:
         """Find what members have in common in the layer that they start at, and whether they can share a pass."""
         batch = self.backbone.made_up(1, self._lengths[0])
+        with torch.inference_mode(), self.backbone.autocast():
+            self._window.learn_entry(batch)
         pair = self.made_up(2)
         for start in boundaries(self.recipe, self.backbone.depth):
             (given,) = self._trunk(batch, [0], {start})

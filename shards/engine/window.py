@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,8 @@ class Window:
         self._seen: dict[int, Tensor] = {}
         self._keep: Tensor | None = None
         self._fork: tuple[int, int] | None = None
+        self._entry: nn.Module | None = None
+        self._entry_dtype: torch.dtype | None = None
         if hasattr(model, "get_output_embeddings") and (last := cast("Any", model).get_output_embeddings()) is not None:
             last.register_forward_pre_hook(self._kept)
         for index, layer in enumerate(self._layers):
@@ -96,6 +99,28 @@ class Window:
     def depth(self) -> int:
         """Number of layers."""
         return len(self._layers)
+
+    def learn_entry(self, batch: Batch) -> None:
+        """Find the module whose output is the first layer's input as it is, the embeddings: from now on it is passed
+        over where a hidden state takes the place of what it makes. Not while training: its dropout draws numbers.
+        """
+        made: dict[int, tuple[Tensor, nn.Module]] = {}
+        found: list[tuple[Tensor, nn.Module]] = []
+
+        def note(module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                made[id(output)] = (output, module)  # of nested modules the outermost
+
+        def compare(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[0] if args else kwargs["hidden_states"]
+            if id(given) in made:
+                found.append(made[id(given)])
+
+        first = self._layers[0].register_forward_pre_hook(compare, with_kwargs=True, prepend=True)
+        with register_module_forward_hook(note), first:
+            self.states(batch, {1})
+        for output, module in found:
+            self._entry, self._entry_dtype = module, output.dtype
 
     def logits(self, batch: Batch, start: int = 0, hidden: Tensor | None = None) -> Tensor:
         """Logits from the hidden state at boundary `start`, or from the inputs alone: (rows, outputs); of a causal
@@ -145,10 +170,15 @@ class Window:
     def _run(self, batch: Batch, span: tuple[int, int], hidden: Tensor | None) -> Any:
         self._open(span)
         self._hidden, self._keep = hidden, batch.keep
+        entry = None if hidden is None or hidden.dtype != self._entry_dtype or self.model.training else self._entry
+        if entry is not None:
+            entry.forward = lambda *_args, **_kwargs: hidden
         try:
             return self.model(**batch.inputs)
         finally:
             self._hidden = self._keep = None
+            if entry is not None:
+                del entry.forward
 
     def _open(self, span: tuple[int, int]) -> None:
         if span == self._span:
