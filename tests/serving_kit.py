@@ -26,6 +26,7 @@ from service.settings import Settings
 from service.store import api_keys, cells, models, objects, publish
 from shards.assembly import Assembly, Member
 from shards.digest import canonical, sha256_hex
+from shards.engine.known import Known
 from shards.errors import ArtifactDigestError, ShardsError
 from shards.logits import Logits
 from shards.recipe import Backbone, Recipe
@@ -46,7 +47,7 @@ class Plain:
     def encode(self, inputs: Sequence[Any]) -> list[tuple[int, Any]]:
         return [(0, each) for each in inputs]
 
-    def infer(self, encoded: Sequence[Any]) -> Logits:
+    def infer(self, encoded: Sequence[Any], known: Sequence[Known] = ()) -> Logits:  # noqa: ARG002 - of one part
         return self.logits(encoded)  # type: ignore[attr-defined]  # the subclass's
 
 

@@ -41,6 +41,10 @@ class Slow(ToyEngine):
     pace = 1.2
 
 
+class Slower(ToyEngine):
+    pace = 4.0
+
+
 class Busy(ToyEngine):
     pace = 0.01
 
@@ -71,7 +75,7 @@ def deafen() -> None:
 
 
 KINDS: Mapping[str, type[ToyEngine]] = {
-    "toy": ToyEngine, "slow": Slow, "busy": Busy, "heavy": Heavy, "deaf": ToyEngine,
+    "toy": ToyEngine, "slow": Slow, "slower": Slower, "busy": Busy, "heavy": Heavy, "deaf": ToyEngine,
 }  # fmt: skip
 
 

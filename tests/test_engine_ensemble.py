@@ -20,6 +20,7 @@ from shards.engine.backbone import Backbone
 from shards.engine.determinism import prepare
 from shards.engine.ensemble import Ensemble, Monolithic, StageTensors, stage_logits
 from shards.engine.inputs import buckets
+from shards.engine.known import Known
 from shards.engine.routed import Member
 from shards.engine.s3t import S3T
 from shards.engine.skeleton import Skeleton
@@ -300,3 +301,32 @@ def test_calls_in_company_have_the_bits_of_calls_alone(served: Served) -> None:
         for at in range(0, len(places), 7):
             found[places[at : at + 7]] = served.ensemble.infer([encoded[place][1] for place in places[at : at + 7]])
     assert np.array_equal(found, alone)
+
+
+def test_what_another_version_computed_is_not_computed_again(served: Served) -> None:
+    """A swap in the midst of a request costs the members that changed, and the bits are those of a new request."""
+    ran: Counter[int] = Counter()
+    skeleton = Skeleton(served.skeleton.recipe, served.skeleton.backbone)
+    top = skeleton._window._layers[-1]
+    top.register_forward_hook(lambda _m, _a, out: ran.update({0: len(out)}))
+    deep, other, _ = served.assembly.members
+    assert deep is not None
+    assert other is not None
+    short = type(other)(served.world.live[other.stage].parent or "", other.prefix[:1], other.artifacts[:1])
+    recipe = served.assembly.recipe
+    before, after = (
+        Ensemble(skeleton, served.tensors, Assembly(recipe, (deep, each, None))) for each in (other, short)
+    )
+    texts = [TEXTS[0], TEXTS[0], TEXTS[0]]
+    encoded = [each for _, each in skeleton.encode(texts)]
+    known: list[Known] = [{} for _ in encoded]
+    found = before.infer(encoded[:2], known[:2])
+    assert np.array_equal(found, before.logits(texts[:2]))
+    ran.clear()
+    again = after.infer(encoded, known)  # the third is new
+    assert ran == {0: 2 * 1 + 1 * 2}
+    assert all(own.keys() == {deep, short} for own in known)  # nothing of who is out of service is kept
+    assert np.array_equal(again, after.logits(texts))
+    ran.clear()
+    assert np.array_equal(after.infer(encoded, known), again)
+    assert not ran

@@ -13,6 +13,7 @@ import pytest
 
 import service.serving.compute
 from service.serving.compute import BACKLOG_ROWS, ROWS, Compute, ComputeError, OverloadedError
+from shards.engine.known import Known
 from shards.logits import Logits
 
 
@@ -21,6 +22,7 @@ class Lengths:
 
     def __init__(self) -> None:
         self.ran: list[Any] = []
+        self.known: list[Known] = []
         self.begun, self.go = threading.Event(), threading.Event()
 
     def encode(self, inputs: Sequence[Any]) -> list[tuple[int, Any]]:
@@ -28,7 +30,8 @@ class Lengths:
             raise ValueError("unreadable")
         return [(len(each) // 10, each) for each in inputs]
 
-    def infer(self, encoded: Sequence[Any]) -> Logits:
+    def infer(self, encoded: Sequence[Any], known: Sequence[Known] = ()) -> Logits:
+        self.known += known
         self.begun.set()
         self.go.wait()
         if "poison" in encoded:
@@ -93,8 +96,8 @@ def test_rows_of_one_length_share_passes_and_the_oldest_goes_first() -> None:
     assert predictor.ran == [[1], [25, 26], [1] * ROWS, [1] * ROWS, [3], [41]]
 
 
-def test_what_is_computed_again_keeps_its_place() -> None:
-    predictor = Lengths()
+def test_what_is_computed_again_keeps_its_place_and_what_is_known_of_it() -> None:
+    predictor, known = Lengths(), np.zeros(1, np.float32)
 
     async def work(compute: Compute) -> None:
         arrived = time.monotonic()
@@ -103,13 +106,14 @@ def test_what_is_computed_again_keeps_its_place() -> None:
         later = [asyncio.create_task(compute.run(predictor, ["a" * 25] * (ROWS + 1)))]
         later.append(asyncio.create_task(compute.run(predictor, ["a" * 41])))
         await asyncio.sleep(0.01)
-        again = asyncio.create_task(compute.run(predictor, ["a" * 26], arrived=arrived))
+        again = asyncio.create_task(compute.run(predictor, ["a" * 26], arrived=arrived, known=[{"a part": known}]))
         await asyncio.sleep(0.01)
         predictor.go.set()
         await asyncio.gather(first, *later, again)
 
     running(work)
     assert predictor.ran == [[1], [26] + [25] * (ROWS - 1), [25] * 2, [41]]
+    assert predictor.known == [{}, {"a part": known}, *[{}] * (ROWS + 2)]
 
 
 def test_one_callers_failure_is_no_other_ones() -> None:

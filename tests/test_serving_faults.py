@@ -223,8 +223,8 @@ def test_a_replica_that_renews_and_never_swaps_blocks_nothing_and_answers_nothin
 
 def test_a_fenced_process_stops_listening_before_its_weights_are_free(toy: Toy) -> None:
     """Rule 11: a balancer must not send requests to a process that only waits for its memory."""
-    with replica(toy, "slow") as (client, process):
-        crowd = [Asked(client, *["x"] * 32) for _ in range(4)]  # a pass of 1.2 s each, which hold the weights
+    with replica(toy, "slower") as (client, process):
+        crowd = [Asked(client, *["x"] * 32) for _ in range(4)]  # a pass outlasts the lease, and holds the weights
         time.sleep(0.3)
         process.pause()
         floor, _ = deactivated(toy, "a", None, taint=1)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from shards.engine.interface import Input, Predictor
+from shards.engine.known import Known
 from shards.logits import Logits
 
 T = TypeVar("T")
@@ -42,6 +43,8 @@ class _Call:
     inputs: Sequence[Input]
     wanted: Callable[[], bool]
     arrived: float
+    known: Sequence[Known]
+    """What was computed of each input, one for each."""
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[Logits | None]"
     answers: list[Any] = field(default_factory=list)
@@ -97,18 +100,21 @@ class Compute:
         wanted: Callable[[], bool] = lambda: True,
         *,
         arrived: float | None = None,
+        known: Sequence[Known] = (),
     ) -> Logits | None:
         """Logits (inputs, outputs); None where `wanted`, asked before each pass, said no: then none is computed.
 
-        `arrived` is when the request came, in seconds of the monotonic clock, now unless given: what is computed again
-        keeps its place, or requests would starve while versions follow one another.
+        `arrived` is when the request came, in seconds of the monotonic clock, now unless given, and `known`, one for
+        each input, what an earlier call computed of it: what is computed again keeps its place and runs only what has
+        changed, or requests would starve while versions follow one another.
 
         Raises:
             OverloadedError: the queue is full, or closed.
             ComputeError: the engine failed.
         """
         loop = asyncio.get_running_loop()
-        call = _Call(predictor, inputs, wanted, arrived or time.monotonic(), loop, loop.create_future())
+        own = known or [{} for _ in inputs]
+        call = _Call(predictor, inputs, wanted, arrived or time.monotonic(), own, loop, loop.create_future())
         with self._ready:
             if self._closed or self._waiting + len(inputs) > BACKLOG_ROWS:
                 raise OverloadedError
@@ -228,7 +234,8 @@ def _compute(rows: Sequence[_Row]) -> None:
     if not rows:
         return
     try:
-        logits = rows[0].call.predictor.infer([row.encoded for row in rows])
+        known = [row.call.known[row.place] for row in rows]
+        logits = rows[0].call.predictor.infer([row.encoded for row in rows], known)
     except Exception as error:  # noqa: BLE001 - handed over to whoever asked
         calls = list(dict.fromkeys(row.call for row in rows))
         if len(calls) > 1:

@@ -16,6 +16,7 @@ from service.serving.metrics import ServingMetrics
 from service.serving.replica import ANY, Pointer, Replica, Wish
 from service.serving.wire import Outbox
 from shards.engine.interface import Input
+from shards.engine.known import Known
 from shards.errors import InputError
 from shards.logits import Logits
 
@@ -52,6 +53,16 @@ Work = Callable[[Pointer], Awaitable[Answer | None]]
 
 
 @dataclass(frozen=True, slots=True)
+class _Asked:
+    """A call through all its attempts."""
+
+    question: Question
+    least: int
+    arrived: float = field(default_factory=time.monotonic)
+    known: list[Known] = field(default_factory=list[Known])
+
+
+@dataclass(frozen=True, slots=True)
 class Predictions:
     """Answers questions whose answer is one batch of logits."""
 
@@ -64,18 +75,18 @@ class Predictions:
         Raises:
             ProblemError: nothing was sent.
         """
-        work = partial(self._answer, served.replica, question, call.least, time.monotonic())
-        return await respond(served, work, call, self.metrics)
+        asked = _Asked(question, call.least)
+        return await respond(served, partial(self._answer, served.replica, asked), call, self.metrics)
 
-    async def _answer(
-        self, replica: Replica, question: Question, least: int, arrived: float, pointer: Pointer
-    ) -> Answer | None:
-        check_version(pointer, least)
-        inputs = question.inputs(pointer, replica.answers)
+    async def _answer(self, replica: Replica, asked: _Asked, pointer: Pointer) -> Answer | None:
+        check_version(pointer, asked.least)
+        inputs = asked.question.inputs(pointer, replica.answers)
         check_live(replica, pointer)
+        asked.known.extend({} for _ in inputs[len(asked.known) :])
         may_answer = partial(replica.may_answer, pointer.version)
-        logits = await computed(self.compute.run(pointer.predictor, inputs, may_answer, arrived=arrived))
-        return None if logits is None else question.render(replica.model, pointer, logits, replica.answers)
+        work = self.compute.run(pointer.predictor, inputs, may_answer, arrived=asked.arrived, known=asked.known)
+        logits = await computed(work)
+        return None if logits is None else asked.question.render(replica.model, pointer, logits, replica.answers)
 
 
 async def respond(served: Served, work: Work, call: Call, metrics: ServingMetrics) -> str:

@@ -15,6 +15,7 @@ from shards.engine.completion import complete
 from shards.engine.generation import next_logits
 from shards.engine.inputs import Encoded
 from shards.engine.interface import Input
+from shards.engine.known import Known, completed
 from shards.engine.merged import merge_members
 from shards.engine.prompts import Prompts
 from shards.engine.sampling import Sampling, Step
@@ -145,7 +146,7 @@ class Ensemble:
         """Each input on its own, with the length at which it runs."""
         return self._skeleton.encode(inputs)
 
-    def infer(self, encoded: Sequence[Encoded]) -> Logits:
+    def infer(self, encoded: Sequence[Encoded], known: Sequence[Known] = ()) -> Logits:
         """Logits (inputs, outputs) of encoded inputs; above the trunk only the layers that each live prefix trained.
 
         Raises:
@@ -153,7 +154,15 @@ class Ensemble:
         """
         if not self.members:
             raise ShardsError(_NOBODY)
-        return self.answer(self._skeleton.prepare_encoded(encoded, self._starts))
+        if not known or self.assembly.aggregation == "merged":
+            return self.answer(self._skeleton.prepare_encoded(encoded, self._starts))
+
+        def compute(rows: Sequence[int], places: Sequence[int]) -> list[Logits]:
+            some = [self.members[place] for place in places]
+            prepared = self._skeleton.prepare_encoded([encoded[row] for row in rows], self._skeleton.starts(some))
+            return self._skeleton.answer(some, prepared)
+
+        return mean_of_logits(completed([member for member in self.assembly.members if member], known, compute))
 
     def complete(self, prompt: str, sampling: Sampling = Sampling()) -> Iterator[Step]:  # noqa: B008 - immutable
         """Draw an answer to a prompt, token by token, each from the mean of the live shards' logits.

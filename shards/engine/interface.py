@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from shards.assembly import Assembly
+from shards.engine.known import Known
 from shards.errors import ManifestMismatchError, RecipeError
 from shards.logits import Logits
 from shards.manifest import Record, check_records
@@ -78,8 +79,11 @@ class Predictor(Protocol):
         """
         ...
 
-    def infer(self, encoded: Sequence[Any]) -> Logits:
-        """Logits (inputs, outputs) of encoded inputs, to the same bits as `logits`."""
+    def infer(self, encoded: Sequence[Any], known: Sequence[Known] = ()) -> Logits:
+        """Logits (inputs, outputs) of encoded inputs, to the same bits as `logits`.
+
+        `known`, one per input, is what predictors of other versions computed of it; more is added.
+        """
         ...
 
 

@@ -10,6 +10,7 @@ from shards.engine.artifacts import decode_verified
 from shards.engine.backbone import Backbone
 from shards.engine.inputs import Encoded
 from shards.engine.interface import Input
+from shards.engine.known import Known
 from shards.engine.pools import Pools
 from shards.engine.ridge import decode_sums, load_backbone
 from shards.engine.tasks import in_units
@@ -132,7 +133,7 @@ class RidgePredictor:
         """Each input on its own, with the length at which it runs."""
         return self._pools.encode(inputs)
 
-    def infer(self, encoded: Sequence[Encoded]) -> Logits:
+    def infer(self, encoded: Sequence[Encoded], known: Sequence[Known] = ()) -> Logits:  # noqa: ARG002 - one product
         """Logits of encoded inputs, to the same bits.
 
         Raises:

@@ -16,6 +16,7 @@ from shards.engine.artifacts import decode_verified
 from shards.engine.backbone import Backbone
 from shards.engine.inputs import Encoded
 from shards.engine.interface import Input
+from shards.engine.known import Known, completed
 from shards.engine.networks import MOST, Tensors, network_of
 from shards.engine.window import Batch, same_bits
 from shards.errors import ArtifactDigestError, RecipeError, ShardsError
@@ -235,13 +236,20 @@ class WholeEnsemble:
         """Each input on its own, with the length at which it runs."""
         return self._reader.encode(inputs)
 
-    def infer(self, encoded: Sequence[Encoded]) -> Logits:
+    def infer(self, encoded: Sequence[Encoded], known: Sequence[Known] = ()) -> Logits:
         """Logits of encoded inputs, to the same bits.
 
         Raises:
             ShardsError: no shard is live.
         """
-        return self.answer(self._reader.prepare_encoded(encoded))
+        if not known or not self._members:
+            return self.answer(self._reader.prepare_encoded(encoded))
+
+        def compute(rows: Sequence[int], places: Sequence[int]) -> list[Logits]:
+            prepared = self._reader.prepare_encoded([encoded[row] for row in rows])
+            return [self._reader.answer(self._members[place], prepared) for place in places]
+
+        return mean_of_logits(completed([member for member in self.assembly.members if member], known, compute))
 
     def answer(self, prepared: Prepared) -> Logits:
         """Logits of inputs that the reader prepared, to the same bits.
