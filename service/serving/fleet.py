@@ -118,16 +118,22 @@ class Fleet:
 
     def _listen_until_stopped(self) -> None:
         connection: Connection | None = None
+        known = False
         while not self._stop.is_set():
             try:
                 if connection is None:
                     connection = connect(self.settings.listen_url, autocommit=True)
                     leases.listen(connection)  # committed; only now read the state, also after a reconnect
                     self._refresh(connection, list(self._members))
-                self._discover(connection)
+                    known = False
+                if not known:  # else an acknowledgement is on its way, and needs the processor
+                    self._discover(connection)
                 # A list: the generator holds the connection's lock, which `_refresh` needs.
-                for notice in list(connection.notifies(timeout=POLL, stop_after=1)):
-                    self._refresh(connection, self._meant(notice.payload))
+                notices = list(connection.notifies(timeout=POLL, stop_after=1))
+                known = False
+                for notice in notices:
+                    known = self._is_known(notice.payload)
+                    self._refresh(connection, [int(notice.payload)] if known else list(self._members))
             except (ExpungeError, psycopg.Error) as error:
                 log.warning("listen_failed", reason=type(error).__name__)
                 if connection is not None:
@@ -137,12 +143,9 @@ class Fleet:
         if connection is not None:
             connection.close()
 
-    def _meant(self, payload: str) -> list[int]:
-        """Models to look at: the notified one, or all where the hint is unclear."""
-        with suppress(ValueError):
-            if int(payload) in self._members:
-                return [int(payload)]
-        return list(self._members)
+    def _is_known(self, payload: str) -> bool:
+        """Whether a notification names a model that is here already; where the hint is unclear all are looked at."""
+        return payload.isdecimal() and int(payload) in self._members
 
     def _refresh(self, connection: Connection, model_ids: list[int]) -> None:
         for model_id in model_ids:
