@@ -129,11 +129,10 @@ class Fleet:
                 if not known:  # else an acknowledgement is on its way, and needs the processor
                     self._discover(connection)
                 # A list: the generator holds the connection's lock, which `_refresh` needs.
-                notices = list(connection.notifies(timeout=POLL, stop_after=1))
-                known = False
-                for notice in notices:
-                    known = self._is_known(notice.payload)
-                    self._refresh(connection, [int(notice.payload)] if known else list(self._members))
+                told = [notice.payload for notice in connection.notifies(timeout=POLL, stop_after=1)]
+                known = bool(told) and all(map(self._is_known, told))
+                for payload in told:
+                    self._refresh(connection, [int(payload)] if self._is_known(payload) else list(self._members))
             except (ExpungeError, psycopg.Error) as error:
                 log.warning("listen_failed", reason=type(error).__name__)
                 if connection is not None:
