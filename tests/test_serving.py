@@ -4,11 +4,14 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from conftest import Database
 from serving_kit import Client, Toy, ToyEngine, serving, wait_until
+
+from service.serving.compute import Compute
 
 pytestmark = pytest.mark.integration
 
@@ -118,6 +121,37 @@ def test_a_floor_that_rises_during_the_computation_is_obeyed(toy: Toy) -> None:
         assert answers[0].status_code == 200
         assert answers[0].json()["version"] == 2
         assert answers[0].json()["outputs"][0]["label"] == "yes"
+
+
+def test_an_answer_that_a_swap_overtakes_keeps_its_place_and_what_is_known(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(ToyEngine):
+        pace = 0.3
+
+    runs: list[dict[str, Any]] = []
+    run = Compute.run
+
+    async def noted(self: Compute, *given: Any, **told: Any) -> Any:
+        runs.append(told)
+        return await run(self, *given, **told)
+
+    monkeypatch.setattr(Compute, "run", noted)
+    toy.publish("a", "b", cause="train")
+    with serving(toy, factory=Slow) as (client, _):
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(client.predict("x", "y")))
+        thread.start()
+        time.sleep(0.1)
+        toy.publish("a", None, taint=1)
+        thread.join()
+        assert answers[0].json()["version"] == 2
+        client.predict("z")
+    first, again, other = runs
+    assert first["arrived"] == again["arrived"] < other["arrived"]
+    assert [id(own) for own in first["known"]] == [id(own) for own in again["known"]]
+    assert (len(first["known"]), len(other["known"])) == (2, 1)
+    assert other["known"][0] is not first["known"][0]  # it goes with its request
 
 
 def test_a_rebuild_lets_work_finish_on_what_it_started_with(toy: Toy) -> None:
