@@ -166,8 +166,12 @@ class Toy:
         assert row is not None
         return self.artifacts / row[0]
 
-    def publish(self, *names: str | None, cause: str = "deactivate", taint: int | None = None) -> int:
-        """Publish the assembly of these stages; `taint` is a shard whose records are deleted with it."""
+    def publish(
+        self, *names: str | None, cause: str = "deactivate", taint: int | None = None, beside: int | None = None
+    ) -> int:
+        """Publish the assembly of these stages; `taint` is a shard whose records are deleted with it, `beside` another
+        model that servers hear of with it.
+        """
         members = tuple(None if n is None else Member(self.stages[n][0], (0,), (self.stages[n][1],)) for n in names)
         found = publish.Candidate(
             Assembly(self.recipe.digest, members), canonical=False, tainted=frozenset(), served=None, reserve=False
@@ -176,7 +180,10 @@ class Toy:
             model = models.lock_model(connection, self.model_id)
             if taint is not None:
                 self._taint(connection, taint)
-            return publish.publish(connection, model, found, cause=cause)
+            version = publish.publish(connection, model, found, cause=cause)
+            if beside is not None:
+                publish.notify(connection, beside)
+            return version
 
     def _taint(self, connection: psycopg.Connection[Any], shard: int) -> None:
         request = uuid.uuid4()

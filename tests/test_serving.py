@@ -3,14 +3,16 @@
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from conftest import Database
-from serving_kit import Client, Toy, ToyEngine, serving, wait_until
+from serving_kit import RECIPE, Client, Toy, ToyEngine, serving, wait_until
 
+from service.serving import fleet
 from service.serving.compute import Compute
 
 pytestmark = pytest.mark.integration
@@ -152,6 +154,21 @@ def test_an_answer_that_a_swap_overtakes_keeps_its_place_and_what_is_known(
     assert [id(own) for own in first["known"]] == [id(own) for own in again["known"]]
     assert (len(first["known"]), len(other["known"])) == (2, 1)
     assert other["known"][0] is not first["known"][0]  # it goes with its request
+
+
+def test_a_new_model_is_found_that_is_announced_beside_a_known_one(
+    toy: Toy, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "POLL", 5.0)
+    recipe = replace(RECIPE, classes=("less", "more"))
+    other = Toy(database.owner_url, database.app_url, tmp_path / "artifacts", name="other", recipe=recipe)
+    other.create()
+    other.add_toy_stage("c", 1.0, shard=0)
+    toy.publish("a", "b", cause="train")
+    with serving(toy):
+        time.sleep(0.2)  # it listens
+        other.publish("c", None, cause="train", beside=toy.model_id)
+        wait_until(lambda: bool(other.leases()), seconds=3)  # before the next look for new models
 
 
 def test_a_rebuild_lets_work_finish_on_what_it_started_with(toy: Toy) -> None:
