@@ -10,6 +10,8 @@ import pytest
 from api_client import RECIPE, Api, Run, line, ndjson
 from psycopg.types.json import Jsonb
 
+from service.store import targets
+
 pytest_plugins = ("api_fixtures",)
 pytestmark = pytest.mark.integration
 
@@ -76,7 +78,8 @@ def test_waiting_ends_with_the_state_or_says_what_happened(ready: Run, api: Api)
                 "UPDATE request_target SET state = %s::deletion_state, outcome = %s, version = 1",
                 (state, outcome),
             )
-            connection.execute("UPDATE deletion_request SET state = %s::deletion_state, outcome = %s", (state, outcome))
+            rows = connection.execute("SELECT request_id FROM deletion_request").fetchall()
+            targets.refresh_requests(connection, [request_id for (request_id,) in rows])
 
     timer = Timer(0.5, later, (1, "completed", "erased"))
     timer.start()
@@ -112,6 +115,8 @@ def test_a_certificate_is_written_as_it_is(ready: Run, api: Api, tmp_path: Path)
 
 def test_training_waits_for_the_jobs(ready: Run, api: Api) -> None:
     def later() -> None:
+        while not api.scalar("SELECT rebuild_wanted FROM model"):
+            time.sleep(0.05)
         with api.database() as connection:
             connection.execute("UPDATE model SET rebuild_wanted = false, version = 1")
 

@@ -41,6 +41,7 @@ NOT_EXPLAINED = {  # Postgres explains only queries and changes of rows
     "ledger.COPY_LEAVES": "COPY",
     "ledger.COPY_OPENINGS": "COPY",
     "leases.LISTEN_MODEL": "LISTEN",
+    "notices.LISTEN": "LISTEN",
     "api_keys.LOCK_TABLE": "LOCK",
     "migrate.GRANT_REVISION": "GRANT",
     "snapshots.BEGIN": "SET",

@@ -1,5 +1,6 @@
 """The control API's composition root: the one place where its parts meet."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 
@@ -26,6 +27,7 @@ from service.api.context import Context
 from service.api.doorbell import Doorbell
 from service.api.key_cache import KeyCache
 from service.api.middleware import LimitBody, Observe
+from service.api.waiting import Waiting
 from service.domain.errors import UnavailableError
 from service.evidence.tree_head import TreeHeadError
 from service.logs import get_logger
@@ -61,6 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
         pool=pool,
         artifacts=open_artifacts(settings.artifact_url, settings.file_keys_url),
         doorbell=Doorbell(settings.redis_url),
+        waiting=Waiting(settings.listen_url),
         keys=KeyCache(pool),
         registry=registry,
         snapshots=Snapshots(settings.database_url),
@@ -75,9 +78,12 @@ def create_app(settings: Settings) -> FastAPI:
         with suppress(UnavailableError):  # what is not of one moment is shut, and said with each call
             compare(context)
         context.doorbell.start()
+        listening = asyncio.create_task(context.waiting.listen())
         try:
             yield
         finally:
+            listening.cancel()
+            await asyncio.wait([listening])
             context.doorbell.stop()
             pool.close()
 

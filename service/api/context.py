@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from service.api.doorbell import Doorbell
 from service.api.key_cache import KeyCache
+from service.api.waiting import Waiting
 from service.settings import Settings
 from service.store.artifacts import Artifacts
 from service.store.database import Pool
@@ -24,6 +25,7 @@ class Context:
     pool: Pool
     artifacts: Artifacts
     doorbell: Doorbell
+    waiting: Waiting
     keys: KeyCache
     registry: CollectorRegistry
     snapshots: Snapshots

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Path, Query, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from service.api.auth import Auditor, DeletionApprover, DeletionReader, DeletionWriter
@@ -12,7 +13,8 @@ from service.api.context import Context, Here
 from service.api.doorbell import Task
 from service.api.errors import RESPONSES
 from service.api.schemas import NAME_PATTERN, Withdrawal
-from service.api.views import request_view, sees_outcomes
+from service.api.views import read_view
+from service.api.waiting import BEFORE, LONGEST, Until
 from service.domain.requests import State
 from service.reports.certificate import compose
 from service.reports.pdf import render
@@ -24,16 +26,31 @@ from shards.digest import canonical
 
 router = APIRouter(prefix="/v1/deletion-requests", tags=["deletion requests"], responses=RESPONSES)
 RequestId = Annotated[UUID, Path()]
+Seconds = Annotated[float, Query(gt=0, le=LONGEST)]
 ModelName = Annotated[str | None, Query(pattern=NAME_PATTERN)]
 
 
 @router.get("/{request_id}")
-def get_request(request_id: RequestId, here: Here, caller: DeletionReader) -> dict[str, Any]:
-    """Where the request stands, per model."""
-    with transaction(here.pool) as connection:
-        request = requests.get_request(connection, request_id)
-        targets = requests.list_targets(connection, [request_id])[request_id]
-    return request_view(request, targets, full=sees_outcomes(caller))
+async def get_request(
+    request_id: RequestId, here: Here, caller: DeletionReader, wait: Until | None = None, seconds: Seconds = LONGEST
+) -> dict[str, Any]:
+    """Where the request stands, per model.
+
+    With `wait` the answer is held until the request is that far, can get no further by itself, or `seconds` are over:
+    its `state` says which.
+    """
+
+    def read() -> dict[str, Any]:
+        with transaction(here.pool) as connection:
+            return read_view(connection, request_id, caller)
+
+    if wait is None:
+        return await run_in_threadpool(read)
+    with here.waiting.hold(request_id, BEFORE[wait], seconds) as held:
+        view = await run_in_threadpool(read)
+        while view["state"] in held.before and await held.changed():
+            view = await run_in_threadpool(read)
+    return view
 
 
 @router.get("/{request_id}/events")
@@ -110,9 +127,7 @@ def retry_request(request_id: RequestId, here: Here, caller: DeletionApprover) -
         with transaction(here.pool) as connection:
             requests.get_request(connection, request_id)
             resumed = request_steps.retry(connection, request_id, actor=caller.prefix)
-            request = requests.get_request(connection, request_id)
-            targets = requests.list_targets(connection, [request_id])[request_id]
-            return request_view(request, targets, full=sees_outcomes(caller)), resumed
+            return read_view(connection, request_id, caller), resumed
 
     with refusals.recorded(here.pool, "retry", actor=caller.prefix, request_id=request_id):
         view, resumed = retrying(step)
@@ -143,9 +158,7 @@ def _withdraw(
     def step() -> tuple[dict[str, Any], list[int]]:
         with transaction(here.pool) as connection:
             changed = verb(connection, request_id, actor=caller.prefix, reason_code=body.reason_code)
-            request = requests.get_request(connection, request_id)
-            targets = requests.list_targets(connection, [request_id])[request_id]
-            return request_view(request, targets, full=sees_outcomes(caller)), changed
+            return read_view(connection, request_id, caller), changed
 
     with refusals.recorded(here.pool, attempt, actor=caller.prefix, request_id=request_id):
         view, changed = retrying(step)

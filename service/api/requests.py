@@ -13,7 +13,7 @@ from service.api.cursors import make_cursor, open_cursor
 from service.api.doorbell import Task
 from service.api.errors import RESPONSES
 from service.api.schemas import About, NewRequest
-from service.api.views import request_view, sees_outcomes
+from service.api.views import read_view, request_view, sees_outcomes
 from service.domain.deadlines import due_at
 from service.domain.errors import InvalidInputError
 from service.domain.requests import State
@@ -43,11 +43,11 @@ def receive_request(body: NewRequest, here: Here, caller: DeletionWriter, key: K
         claim, digest = _claim(here, body, key)
         with transaction(here.pool) as connection:
             if claim and (made := requests.find_claimed(connection, caller.prefix, claim, digest)):
-                return _read(connection, made, caller), []
+                return read_view(connection, made, caller), []
             new = _new_request(connection, here, caller, body, request_id=request_id, claim=claim, digest=digest)
             received = requests.receive(connection, new)
             if isinstance(received, UUID):
-                return _read(connection, received, caller), []
+                return read_view(connection, received, caller), []
         return _received_view(new, received, caller), [target.model_id for target in received]
 
     view, ring = retrying(step)
@@ -181,10 +181,4 @@ def _received_view(new: requests.NewRequest, received: list[requests.TargetModel
         created_at=received[0].created_at or new.received_at,
     )
     targets = [_fresh_target(new.request_id, target) for target in received]
-    return request_view(request, targets, full=sees_outcomes(caller))
-
-
-def _read(connection: Connection, request_id: UUID, caller: ApiKey) -> dict[str, Any]:
-    request = requests.get_request(connection, request_id)
-    targets = requests.list_targets(connection, [request_id])[request_id]
     return request_view(request, targets, full=sees_outcomes(caller))

@@ -2,14 +2,28 @@
 
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
+from service.store import requests
 from service.store.api_keys import ApiKey, Scope
+from service.store.database import Connection
 from service.store.requests import Request, RequestTarget
 
 
 def sees_outcomes(caller: ApiKey) -> bool:
     """Whether the caller may learn if a subject was known, and what was touched."""
     return bool(caller.scopes & {Scope.AUDIT_READ, Scope.DELETION_APPROVE})
+
+
+def read_view(connection: Connection, request_id: UUID, caller: ApiKey) -> dict[str, Any]:
+    """A stored request, as its caller may see it.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    request = requests.get_request(connection, request_id)
+    targets = requests.list_targets(connection, [request_id])[request_id]
+    return request_view(request, targets, full=sees_outcomes(caller))
 
 
 def request_view(request: Request, targets: list[RequestTarget], *, full: bool) -> dict[str, Any]:

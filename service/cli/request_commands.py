@@ -18,6 +18,8 @@ PASSED = {
     "deactivated": frozenset({"deactivated", "erasing", "completed"}),
     "completed": frozenset({"completed"}),
 }
+HELD_SECONDS = 4.0
+"""How long the API holds an answer at most."""
 DEAD = frozenset({"failed", "rejected", "revoked", "expired", "lifted"})
 
 SubjectOption = Annotated[str | None, typer.Option(help="Whose records: type:value, as email:ann@example.org.")]
@@ -164,21 +166,20 @@ def about(
 
 
 def _wait(client: Client, request: dict[str, Any], until: Until, timeout: float) -> dict[str, Any]:
-    began = time.monotonic()
-    pause = 0.005
+    end = time.monotonic() + timeout
     while request["state"] not in PASSED[until.value]:
         if request["state"] in DEAD:
             raise CommandError(
                 f"request {request['request_id']} is {request['state']}: see `expunge requests"
                 f" {request['request_id']}` and the workers' logs"
             )
-        if time.monotonic() - began > timeout:
+        left = end - time.monotonic()
+        if left <= 0:
             raise CommandError(
                 f"request {request['request_id']} is still {request['state']} after {timeout:.0f} s; it goes on"
             )
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.5)
-        request = client.get(request["links"]["self"])
+        held = {"wait": until.value, "seconds": str(min(left, HELD_SECONDS))}
+        request = client.get(request["links"]["self"], held)
     return request
 
 

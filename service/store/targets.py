@@ -87,10 +87,14 @@ LIST_STATES: LiteralString = """
 SELECT request_id, state, outcome FROM request_target WHERE request_id = ANY(%(request_ids)s::uuid[])
 """
 MARK_REQUESTS: LiteralString = """
-UPDATE deletion_request d SET state = q.state::deletion_state, outcome = q.outcome::deletion_outcome
-FROM unnest(%(request_ids)s::uuid[], %(states)s::text[], %(outcomes)s::text[]) q (request_id, state, outcome)
-WHERE d.request_id = q.request_id AND (d.state, d.outcome) IS DISTINCT FROM
-      (q.state::deletion_state, q.outcome::deletion_outcome)
+WITH marked AS (
+    UPDATE deletion_request d SET state = q.state::deletion_state, outcome = q.outcome::deletion_outcome
+    FROM unnest(%(request_ids)s::uuid[], %(states)s::text[], %(outcomes)s::text[]) q (request_id, state, outcome)
+    WHERE d.request_id = q.request_id AND (d.state, d.outcome) IS DISTINCT FROM
+          (q.state::deletion_state, q.outcome::deletion_outcome)
+    RETURNING d.request_id, d.state
+)
+SELECT pg_notify('expunge_request', request_id || ' ' || state) FROM marked -- service.store.notices
 """
 
 
