@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
@@ -22,6 +23,11 @@ from service.standalone.state import State, hold
 from service.standalone.supervisor import Program, Supervisor
 from service.standalone.valkey import Valkey
 from service.store import migrate
+
+# A busy machine fails no example; what Hypothesis sets by itself in CI stays.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+if "CI" not in os.environ:
+    settings.load_profile("here")
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ def test_a_backup_from_before_a_deletion_is_shut_until_it_is_restored(tmp_path: 
         assert (again.status_code, again.json()["skipped"]) == (201, 1), again.text
         found.await_state(found.ask("m2"), DONE)
         found.until(lambda: verified(found), within=30)
-        found.await_built("m")
+        found.await_built("m", more_than=found.get("/v1/models/m")["floor"])
         before = newest(found)
         await_published(found)
     require_rebuilt(home, backbone, before)

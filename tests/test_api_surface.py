@@ -239,7 +239,7 @@ def test_an_answer_does_not_wait_for_redis(api_settings: Settings, tmp_path: Pat
         started = time.monotonic()
         for _ in range(10):
             assert client.post("/v1/deletion-requests", json=body).status_code == 202
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 5
         client.close()
 
 

@@ -1,6 +1,5 @@
 """The barrier: when `deactivated` may be said (rules 9 and 10), on a clock of its own and on real lease rows."""
 
-import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -252,9 +251,11 @@ def test_floor_zero_and_other_models_wait_for_nobody(watch: Watch, world: Copy) 
 
 @pytest.mark.integration
 def test_silent_processes_are_ended_when_nothing_waits(watch: Watch) -> None:
-    silent, alive = watch.start(1, ttl_ms=300), watch.start(1, ttl_ms=3000)
-    watch.barrier.look()
-    for _ in itertools.takewhile(lambda until: time.monotonic() < until, itertools.repeat(time.monotonic() + 0.5)):
+    silent, alive = watch.start(1, ttl_ms=300), watch.start(1)
+    ended = "SELECT 1 FROM lease WHERE process_id = %s AND ended_at IS NOT NULL"
+    until = time.monotonic() + 60
+    while not watch.world.rows(ended, silent):
+        assert time.monotonic() < until
         assert watch.beat(alive, 1).granted
         watch.barrier.look()
         time.sleep(0.02)

@@ -3,9 +3,12 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
+from typing import Any
 from uuid import uuid4
 
 import httpx
+import obstore
 import pytest
 from conftest import Database
 from key_store import file_keys
@@ -79,6 +82,19 @@ def test_both_stores_keep_the_same_promises(files: Files) -> None:
     assert files.names(older_than=-60) == ["a/b/2", "ab/3"]
 
 
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server answers a conditional write in two steps, which another write may come between: no bucket does."""
+    lock, put = Lock(), obstore.put
+
+    def alone(*args: Any, **options: Any) -> Any:
+        with lock:
+            return put(*args, **options)
+
+    monkeypatch.setattr(obstore, "put", alone)
+
+
+@pytest.mark.usefixtures("one_at_a_time")
 def test_one_writer_wins_and_a_replacement_needs_what_it_replaces(files: Files) -> None:
     def attempt(number: int) -> bool:
         try:

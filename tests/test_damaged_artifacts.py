@@ -150,6 +150,8 @@ def test_another_digest_under_one_key_takes_both_out(world: Copy, other: pytest.
         clean = {each.digest for each in leases.list_clean_artifacts(connection, world.model_id)}
     assert not clean & {first, second}
     assert job_states(world, key) == {("failed", "Quarantined")}
+    with transaction(world.pool) as connection:
+        connection.execute("UPDATE artifact SET created_at = clock_timestamp()")
     assert Replays(world.pool, world.context.bell, sample=1).look() == 0  # of what was trained today
     (row,) = world.rows("SELECT digest, found, differs_at, outcome, attempts FROM replay")
     assert row == (first, second, key, "mismatch", 0)

@@ -182,7 +182,7 @@ def pids(path: Path) -> list[int]:
 
 
 def wait_for(reached: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not reached():
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -30,6 +30,7 @@ def test_an_upload_lies_in_its_cells_under_their_manifests(api: Api) -> None:
     assert answer.json() == {"accepted": 40, "skipped": 0, "cells": 4, "subjects": 40}
     answer = api.upload(line(n) for n in range(40, 60))
     assert answer.json()["accepted"] == 20
+    replaced = answer.json()["cells"]  # the key of this database says which of the four
 
     artifacts = open_artifacts(api.settings.artifact_url, api.settings.file_keys_url)
     with api.database() as connection:
@@ -46,7 +47,7 @@ def test_an_upload_lies_in_its_cells_under_their_manifests(api: Api) -> None:
         texts |= {each.record.text for each in stored}
     assert texts == {f"text {n}" for n in range(60)}
     assert api.scalar("SELECT count(*) FROM artifact WHERE state = 'live'") == 4
-    assert api.scalar("SELECT count(*) FROM artifact WHERE state = 'doomed'") == 4
+    assert api.scalar("SELECT count(*) FROM artifact WHERE state = 'doomed'") == replaced > 0
     assert api.client.get("/v1/datasets/reviews").json()["rows"] == 60
 
 

@@ -205,7 +205,7 @@ def test_new_records_make_stages_stale_and_never_tainted(world: Copy) -> None:
 def test_depth_comes_before_new_records(world: Copy, kind: Kind) -> None:
     under(world, kind, min_depth=1 if kind == "min_depth" else 0)
     found = in_cells(world)
-    world.add({f"new{number}": [f"new{number}"] for number in range(12)})
+    world.add({f"new{number}": [f"new{number}"] for number in range(40)})
     shard_of = dict(world.rows("SELECT cell_id, shard FROM cell WHERE dataset_id = %s", world.dataset.dataset_id))
     for cell_id in sorted(found, key=lambda each: -shard_of[each])[:2]:  # all of the last shard
         delete(world, found[cell_id])

@@ -171,7 +171,10 @@ def own_key(directory: Path) -> Ed25519PrivateKey:
 
 def no_transaction(url: str) -> None:
     """While a signature is waited for, no transaction of ours is open and nothing is locked."""
-    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND xact_start IS NOT NULL"
+    query = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND xact_start IS NOT NULL AND backend_type = 'client backend'"
+    )
     with psycopg.connect(url) as connection:
         (others,) = connection.execute(f"{query} AND pid <> pg_backend_pid()").fetchone() or (None,)
         (locks,) = connection.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() or (None,)
