@@ -19,7 +19,8 @@ from serving_talk import TALK
 from shards.stages import Stage
 
 HERE = Path(__file__).parent
-TTL_MS = 800
+TTL_MS = 1500
+"""For tests that wait for a lease's end."""
 ROOT = "0" * 64
 
 
@@ -84,7 +85,7 @@ def upstream(directory: Path, backbone: str = "") -> Iterator[Upstream]:
     directory.mkdir(exist_ok=True)
     with Upstream(directory, backbone) as found:
         try:
-            wait_until(found.listens, seconds=30)
+            wait_until(found.listens, seconds=120)
             yield found
         finally:
             found.kill()
@@ -98,15 +99,15 @@ def proxy(
     port = free_port()
     command = [sys.executable, "-c", "from service.cli.main import main; main()", "proxy", toy.name]
     command += ["--upstream", str(behind.base_url), "--adapters", str(behind.directory), "--port", str(port), *options]
-    environment = {**os.environ, **toy.environment(**{"lease_ttl_ms": TTL_MS} | changes)}
+    environment = {**os.environ, **toy.environment(**{"lease_ttl_ms": 4000} | changes)}
     with log_of(behind).open("ab") as log:
         process = subprocess.Popen(command, env=environment, cwd=HERE.parent, stderr=log)
     try:
         with Client(port, toy) as client:
             if ready:
-                wait_until(client.ready, seconds=30)
-                wait_until(lambda: client.get("/readyz").json()["models"], seconds=10)
-                wait_until(client.ready, seconds=30)
+                wait_until(client.ready, seconds=60)
+                wait_until(lambda: client.get("/readyz").json()["models"], seconds=60)
+                wait_until(client.ready, seconds=60)
             yield client, process
     finally:
         if process.poll() is None:

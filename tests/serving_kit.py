@@ -3,18 +3,20 @@
 `python tests/serving_kit.py PORT NAME` is a model server with the toy engine, for tests that stop or kill it.
 """
 
+import itertools
 import json
+import socket
 import sys
 import threading
 import time
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -96,6 +98,32 @@ class ToyEngine:
             except KeyError:
                 raise ArtifactDigestError("not in memory; load it first") from None
         return ToyPredictor(tensors, self.pace)
+
+
+class HeldPredictor(ToyPredictor):
+    """Each pass says that it has begun, and ends when it may."""
+
+    engine: "type[Held]"
+
+    def logits(self, texts: Sequence[str]) -> Logits:
+        self.engine.begun.set()
+        assert self.engine.go.wait(30)
+        return super().logits(texts)
+
+
+class Held(ToyEngine):
+    """`begun` is set when a pass begins, and none ends before `go` is. Make a subclass for each test."""
+
+    begun: ClassVar[threading.Event]
+    go: ClassVar[threading.Event]
+
+    def __init_subclass__(cls) -> None:
+        cls.begun, cls.go = threading.Event(), threading.Event()
+
+    def build(self, assembly: Assembly) -> ToyPredictor:
+        predictor = HeldPredictor(super().build(assembly).tensors, self.pace)
+        predictor.engine = type(self)
+        return predictor
 
 
 @dataclass
@@ -210,7 +238,7 @@ class Toy:
             return [row[0] for row in connection.execute(query, (kind,))]
 
     def settings(self, **changes: Any) -> Settings:
-        values = {"lease_ttl_ms": 600, "drain_ms": 0} | changes
+        values = {"lease_ttl_ms": 5000, "drain_ms": 0} | changes
         return Settings(
             database_url=self.app_url,
             artifact_url=self.artifacts.as_uri(),
@@ -257,12 +285,24 @@ class Client(httpx.Client):
             return False
 
 
-def free_port() -> int:
-    import socket  # noqa: PLC0415
+def own_ports() -> Iterator[int]:
+    """Ports below the system's own range, again and again; no other test process has them: this one keeps the first."""
+    for first in range(20_000, 32_000, 1000):
+        with suppress(OSError), socket.socket() as keeper:
+            keeper.bind(("127.0.0.1", first))
+            yield from itertools.cycle(range(first + 1, first + 1000))
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+
+PORTS = own_ports()
+
+
+def free_port() -> int:
+    """One that nobody else takes before a server of this process's tests does."""
+    for port in PORTS:
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("other test processes have all ports; end them")
 
 
 def wait_until(condition: Any, *, seconds: float = 10.0) -> None:
@@ -285,7 +325,8 @@ def serving(
         with Client(port, toy) as client:
             if ready:
                 wait_until(
-                    lambda: program.server.started and client.ready() and len(program.fleet.statuses() or ()) > 0
+                    lambda: program.server.started and client.ready() and len(program.fleet.statuses() or ()) > 0,
+                    seconds=60,
                 )
             yield client, program
     finally:

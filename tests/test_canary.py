@@ -12,12 +12,13 @@ from conftest import Database
 from hypothesis import given
 from hypothesis import strategies as st
 from releases import build, delete, depth, evaluated, model_of, nothing_tainted_serves, served, set_canary, set_gate
-from serving_kit import Client, Toy, ToyEngine, serving, wait_until
+from serving_kit import Client, Held, Toy, ToyEngine, serving, wait_until
 from world_copies import SUBJECTS, Copy
 
 from service.domain.errors import ConflictError
 from service.domain.release import Canary, Gate
 from service.domain.requests import Kind
+from service.serving import lease
 from service.serving.fence import Fence
 from service.store import canaries, gates, lifts, models, overrides, policies, publish
 from service.store.database import Connection, transaction
@@ -212,8 +213,11 @@ def test_an_abort_serves_the_stable_assembly_under_a_new_number(toy: Toy) -> Non
 
 
 @pytest.mark.parametrize("tainted", [0, 1])
-def test_a_deactivation_ends_a_canary_at_once_and_frees_what_is_tainted(toy: Toy, tainted: int) -> None:
-    with serving(toy, settings=toy.settings(lease_ttl_ms=8000)) as (client, _):
+def test_a_deactivation_ends_a_canary_at_once_and_frees_what_is_tainted(
+    toy: Toy, tainted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "IDLE_POLL", 60.0)
+    with serving(toy, settings=toy.settings(lease_ttl_ms=80_000)) as (client, _):
         start(toy, "a", "c")
         both(client)
         began = time.monotonic()
@@ -221,7 +225,7 @@ def test_a_deactivation_ends_a_canary_at_once_and_frees_what_is_tainted(toy: Toy
         kept[tainted] = None  # type: ignore[call-overload]
         version = toy.publish(*kept, taint=tainted)
         wait_until(lambda: toy.leases()[0]["covers"] == version)
-        assert time.monotonic() - began < 1.0  # not a heartbeat, which comes every two seconds
+        assert time.monotonic() - began < 5  # not a heartbeat, which comes every twenty seconds
         for wish in ("true", "false"):
             assert client.predict(x_expunge_canary=wish).headers["x-expunge-version"] == str(version)
         wait_until(lambda: toy.leases()[0]["freed"] == version)
@@ -231,12 +235,14 @@ def test_a_deactivation_ends_a_canary_at_once_and_frees_what_is_tainted(toy: Toy
 
 
 def test_work_begun_on_either_is_computed_again_where_the_floor_rises(toy: Toy) -> None:
-    class Slow(ToyEngine):
-        pace = 0.4
+    class Engine(Held):
+        pass
 
-    with serving(toy, factory=Slow, settings=toy.settings(lease_ttl_ms=4000)) as (client, program):
+    with serving(toy, factory=Engine, settings=toy.settings(lease_ttl_ms=20_000)) as (client, program):
         start(toy, "a", "c")
+        Engine.go.set()
         both(client)
+        Engine.go.clear()
         answers: list[httpx.Response] = []
 
         def ask(wish: str) -> None:
@@ -250,6 +256,8 @@ def test_work_begun_on_either_is_computed_again_where_the_floor_rises(toy: Toy) 
         assert found is not None
         wait_until(lambda: len(found.replica.fence.computing) == 2)
         version = toy.publish("a", None, taint=1)
+        wait_until(lambda: found.replica.fence.local_floor == version)
+        Engine.go.set()
         for thread in threads:
             thread.join()
         assert [each.json().get("version", each.text) for each in answers] == [version, version]

@@ -106,11 +106,11 @@ with httpx.Client(base_url="{behind.base_url}", trust_env=False) as client:
         with proxy(toy, behind, "--hook", str(hook), "--answers-as", "base", "--unload-frees") as (client, _):
             assert complete(client, max_tokens=1).json()["model"] == "toy"
             floor = toy.publish("a", None, taint=1)
-            wait_until(lambda: toy.leases()[0]["freed"] == floor)
-            wait_until(lambda: behind.names() == {f"toy@{floor}"})
+            wait_until(lambda: toy.leases()[0]["freed"] == floor, seconds=60)
+            wait_until(lambda: behind.names() == {f"toy@{floor}"}, seconds=60)
         hook.write_text("#!/bin/sh\nexit 1\n")
         with proxy(toy, behind, "--hook", str(hook), ready=False) as (client, _):
-            wait_until(lambda: fails(client), seconds=20)
+            wait_until(lambda: fails(client), seconds=60)
 
 
 def fails(client: Client) -> bool:

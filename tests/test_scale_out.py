@@ -52,7 +52,7 @@ def haproxy() -> tuple[str, dict[str, str]]:
 @contextmanager
 def replica(toy: Toy, port: int, *, drain_ms: int = 1500) -> Iterator[subprocess.Popen[bytes]]:
     kit = ROOT / "tests" / "serving_kit.py"
-    environment = {**os.environ, **toy.environment(drain_ms=drain_ms, lease_ttl_ms=1500), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **toy.environment(drain_ms=drain_ms, lease_ttl_ms=4000), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, str(kit), str(port), f"server-{port}"], env=environment)
     try:
         yield process
@@ -132,7 +132,7 @@ class Load:
 
 def declare(toy: Toy, floor: int) -> None:
     """The barrier in short (rule 9)."""
-    until = time.monotonic() + 1.7
+    until = time.monotonic() + 4.5
     while True:
         with psycopg.connect(toy.app_url) as connection:
             over = time.monotonic() > until
@@ -190,31 +190,31 @@ def asked(port: int, toy: Toy) -> float:
 
 def test_a_server_that_is_asked_to_stop_says_so_and_answers_on(toy: Toy) -> None:
     port = free_port()
-    with replica(toy, port, drain_ms=1500) as process, Client(port, toy) as client:
+    with replica(toy, port, drain_ms=4000) as process, Client(port, toy) as client:
         wait_until(ready(port, toy), seconds=30)
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        wait_until(lambda: client.get("/readyz").status_code == 503, seconds=1)
+        wait_until(lambda: client.get("/readyz").status_code == 503, seconds=2)
         assert "about to stop" in client.get("/readyz").json()["detail"]
         assert client.get("/v2/health/ready").status_code == 503
         assert client.get("/healthz").status_code == 200
         answers = 0
-        while time.monotonic() < began + 1.2:
+        while time.monotonic() < began + 2.5:
             answer = client.predict()
             assert (answer.status_code, answer.headers["connection"]) == (200, "close")
             answers += 1
         assert answers > 10
         assert process.wait(10) == 0
-        assert time.monotonic() > began + 1.5
+        assert time.monotonic() > began + 4
     assert toy.leases()[0]["freed_at"] is not None
 
 
 def test_a_second_signal_does_not_wait(toy: Toy) -> None:
     port = free_port()
-    with replica(toy, port, drain_ms=60_000) as process:
+    with replica(toy, port, drain_ms=60_000) as process, Client(port, toy) as client:
         wait_until(ready(port, toy), seconds=30)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        wait_until(lambda: client.get("/readyz").status_code == 503)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0

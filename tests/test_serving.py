@@ -10,10 +10,12 @@ from typing import Any
 import httpx
 import pytest
 from conftest import Database
-from serving_kit import RECIPE, Client, Toy, ToyEngine, serving, wait_until
+from serving_kit import RECIPE, Client, Held, Toy, ToyEngine, serving, wait_until
 
-from service.serving import fleet
+from service.serving import fleet, lease
+from service.serving.__main__ import Program
 from service.serving.compute import Compute
+from service.serving.replica import Replica
 
 pytestmark = pytest.mark.integration
 
@@ -41,13 +43,22 @@ def test_an_answer_says_where_it_came_from(toy: Toy) -> None:
     assert body["outputs"][0]["probabilities"] == {"no": 0.731059, "yes": 0.268941}
 
 
-def test_a_deactivation_is_acknowledged_at_once_and_frees_the_weights(toy: Toy) -> None:
+def replica(program: Program) -> Replica:
+    found = program.fleet.find("toy")
+    assert found is not None
+    return found.replica
+
+
+def test_a_deactivation_is_acknowledged_at_once_and_frees_the_weights(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "IDLE_POLL", 60.0)
     toy.publish("a", "b", cause="train")
-    with serving(toy, settings=toy.settings(lease_ttl_ms=4000)) as (client, _):
+    with serving(toy, settings=toy.settings(lease_ttl_ms=40_000)) as (client, _):
         started = time.monotonic()
         toy.publish("a", None, taint=1)
         wait_until(lambda: toy.leases()[0]["covers"] == 2)
-        assert time.monotonic() - started < 0.5  # not a heartbeat, which comes every second
+        assert time.monotonic() - started < 5  # not a heartbeat, which comes every ten seconds
         wait_until(lambda: toy.leases()[0]["freed"] == 2)
         answer = client.predict()
         assert answer.json()["outputs"][0]["label"] == "yes"
@@ -108,17 +119,18 @@ def test_swaps_drop_no_request_and_answer_nothing_below_the_floor(toy: Toy) -> N
 
 
 def test_a_floor_that_rises_during_the_computation_is_obeyed(toy: Toy) -> None:
-    class Slow(ToyEngine):
-        pace = 0.3
+    class Engine(Held):
+        pass
 
     toy.publish("a", "b", cause="train")
-    with serving(toy, factory=Slow) as (client, _):
+    with serving(toy, factory=Engine, settings=toy.settings(lease_ttl_ms=20_000)) as (client, _):
         answers: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: answers.append(client.predict()))
         thread.start()
-        time.sleep(0.1)
+        assert Engine.begun.wait(20)
         toy.publish("a", None, taint=1)
-        wait_until(lambda: toy.leases()[0]["covers"] == 2, seconds=0.15)  # no drain
+        wait_until(lambda: toy.leases()[0]["covers"] == 2)  # while the pass goes on: no drain
+        Engine.go.set()
         thread.join()
         assert answers[0].status_code == 200
         assert answers[0].json()["version"] == 2
@@ -128,8 +140,8 @@ def test_a_floor_that_rises_during_the_computation_is_obeyed(toy: Toy) -> None:
 def test_an_answer_that_a_swap_overtakes_keeps_its_place_and_what_is_known(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Slow(ToyEngine):
-        pace = 0.3
+    class Engine(Held):
+        pass
 
     runs: list[dict[str, Any]] = []
     run = Compute.run
@@ -140,12 +152,14 @@ def test_an_answer_that_a_swap_overtakes_keeps_its_place_and_what_is_known(
 
     monkeypatch.setattr(Compute, "run", noted)
     toy.publish("a", "b", cause="train")
-    with serving(toy, factory=Slow) as (client, _):
+    with serving(toy, factory=Engine, settings=toy.settings(lease_ttl_ms=20_000)) as (client, program):
         answers: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: answers.append(client.predict("x", "y")))
         thread.start()
-        time.sleep(0.1)
+        assert Engine.begun.wait(20)
         toy.publish("a", None, taint=1)
+        wait_until(lambda: replica(program).fence.local_floor == 2)
+        Engine.go.set()
         thread.join()
         assert answers[0].json()["version"] == 2
         client.predict("z")
@@ -172,18 +186,21 @@ def test_a_new_model_is_found_that_is_announced_beside_a_known_one(
 
 
 def test_a_rebuild_lets_work_finish_on_what_it_started_with(toy: Toy) -> None:
-    class Slow(ToyEngine):
-        pace = 0.3
+    class Engine(Held):
+        pass
 
     toy.publish("a", None, cause="train")
-    with serving(toy, factory=Slow) as (client, _):
+    with serving(toy, factory=Engine, settings=toy.settings(lease_ttl_ms=4000)) as (client, program):
         answers: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: answers.append(client.predict()))
         thread.start()
-        time.sleep(0.1)
+        assert Engine.begun.wait(20)
         toy.publish("a", "b", cause="rebuild")
-        time.sleep(0.1)
+        wait_until(lambda: replica(program).versions == [2])
+        beats = toy.leases()[0]["beats"]
+        wait_until(lambda: toy.leases()[0]["beats"] > beats)
         assert toy.leases()[0]["covers"] == 1
+        Engine.go.set()
         thread.join()
         assert answers[0].json()["version"] == 1
         wait_until(lambda: toy.leases()[0]["covers"] == 2)

@@ -177,14 +177,13 @@ def test_what_waits_is_bounded_and_counted_down() -> None:
 
 def test_calls_that_come_together_share_a_pass_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once passes are shared, one that is not full waits a moment for the next; who is alone does not."""
-    monkeypatch.setattr(service.serving.compute, "PATIENCE", 1.0)
+    monkeypatch.setattr(service.serving.compute, "PATIENCE", 60.0)
     predictor = Lengths()
     predictor.go.set()
 
     async def work(compute: Compute) -> None:
-        began = time.monotonic()
-        await compute.run(predictor, ["alone"])
-        assert time.monotonic() - began < 0.9
+        await asyncio.wait_for(compute.run(predictor, ["alone"]), 15)
+        monkeypatch.setattr(service.serving.compute, "PATIENCE", 1.0)
         predictor.go.clear()
         predictor.begun.clear()
         calls = [asyncio.create_task(compute.run(predictor, ["first"]))]

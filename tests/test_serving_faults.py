@@ -68,9 +68,11 @@ def test_a_paused_process_that_wakes_late_answers_nothing_stale_and_exits(toy: T
     with replica(toy, "slow") as (client, process):
         asked = Asked(client)
         time.sleep(0.15)  # it computes on version 1
+        paused = time.monotonic()
         process.pause()
         floor, took = deactivated(toy, "a", None, taint=1)
-        assert TTL / 2 < took < TTL + MARGIN + 0.7  # counted from its last heartbeat, or from the floor
+        assert time.monotonic() - paused > TTL / 2  # counted from its last heartbeat, or from the floor
+        assert took < TTL + MARGIN + 5
         assert toy.leases()[0]["ended_at"] is not None
         later = Asked(client)
         process.wake()
@@ -83,7 +85,7 @@ def test_a_paused_process_that_wakes_late_answers_nothing_stale_and_exits(toy: T
 
 
 def test_a_process_that_wakes_within_its_lease_acknowledges_and_recomputes(toy: Toy) -> None:
-    with replica(toy, "slow", ttl=5) as (client, process):
+    with replica(toy, "slow", ttl=20) as (client, process):
         asked = Asked(client)
         time.sleep(0.15)
         process.pause()
@@ -91,7 +93,7 @@ def test_a_process_that_wakes_within_its_lease_acknowledges_and_recomputes(toy: 
         time.sleep(0.3)
         assert cleared(toy) < floor
         process.wake()
-        wait_until(lambda: cleared(toy) >= floor, seconds=2.5)  # by its acknowledgement: half of the lease
+        wait_until(lambda: cleared(toy) >= floor)  # by its acknowledgement: in half of the lease
         answer = asked.join()
         assert answer is not None
         assert (answer.status_code, answer.json()["version"]) == (200, floor)
@@ -104,12 +106,14 @@ def test_a_killed_process_delays_deactivated_by_one_lease_and_takes_nobody_along
         process.kill()
         process.wait()
         floor, took = deactivated(toy, "a", None, taint=1)
-        assert took < TTL + MARGIN + 0.7
+        assert took < TTL + MARGIN + 5
         answer = other.predict()
         assert (answer.status_code, answer.json()["version"]) == (200, floor)
         ended = [row for row in toy.leases() if row["ended_at"] is not None]
         assert [row["freed_at"] for row in ended] == [None]  # it never reported
-        assert deactivated(toy, "a", "b")[1] < TTL  # the next one waits for the living only
+        fenced = len(toy.events("replica.fenced"))
+        deactivated(toy, "a", "b")
+        assert len(toy.events("replica.fenced")) == fenced  # the next one waits for the living only
 
 
 def test_a_process_killed_between_its_swap_and_its_acknowledgement(toy: Toy) -> None:
@@ -120,15 +124,16 @@ def test_a_process_killed_between_its_swap_and_its_acknowledgement(toy: Toy) -> 
             time.sleep(0.2)
             process.kill()
             process.wait()
-        wait_until(lambda: cleared(toy) >= floor, seconds=TTL + MARGIN + 2)
+        wait_until(lambda: cleared(toy) >= floor, seconds=TTL + MARGIN + 5)
     assert [event["floor"] for event in toy.events("replica.fenced")] == [floor]
 
 
 def test_a_process_that_is_asked_to_stop_ends_its_row_and_exits_with_0(toy: Toy) -> None:
-    with replica(toy) as (_, process):
+    with replica(toy, ttl=20) as (_, process):
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 0
-        assert deactivated(toy, "a", None, taint=1)[1] < TTL
+        assert deactivated(toy, "a", None, taint=1)[1] < 10  # nobody waits for its lease
+        assert toy.events("replica.fenced") == []
     assert toy.leases()[0]["freed_at"] is not None
 
 
@@ -149,12 +154,11 @@ def test_connections_that_are_cut_fail_no_request_and_delay_nothing(toy: Toy) ->
         thread.start()
         for number in range(6):
             assert cut_connections(toy) > 0
-            floor, took = deactivated(toy, "a", None if number % 2 == 0 else "b")
-            assert took < 3  # within the lease
+            floor, _ = deactivated(toy, "a", None if number % 2 == 0 else "b")
             assert client.version() == floor
         stop.set()
         thread.join()
-        assert toy.leases()[0]["ended_at"] is None
+        assert toy.leases()[0]["ended_at"] is None  # it acknowledged all of them
     assert set(results) == {200}
 
 
@@ -166,7 +170,7 @@ def test_a_process_whose_way_to_postgres_is_held_up_is_fenced_and_exits(toy: Toy
     ):
         pipe.open.clear()
         floor, took = deactivated(toy, "a", None, taint=1)
-        assert took < TTL + MARGIN + 0.7
+        assert took < TTL + MARGIN + 5
         for _ in range(20):
             assert client.predict().status_code == 503
         assert not client.ready()
@@ -194,11 +198,12 @@ def test_a_heartbeat_whose_reply_is_late_grants_nothing(toy: Toy) -> None:
 def test_a_full_queue_does_not_delay_an_acknowledgement(toy: Toy) -> None:
     """What waits on the old version is computed again, or refused as `overloaded`; nothing is drained first."""
     batch = ["x"] * 256
-    with replica(toy, "busy", ttl=10) as (client, _):
+    with replica(toy, "busy", ttl=40) as (client, _):
         crowd = [Asked(client, *batch) for _ in range(40)]
         wait_until(lambda: 'result="overloaded"' in client.get("/metrics").text, seconds=20)
         floor, took = deactivated(toy, "a", None, taint=1)
-        assert took < 2  # the queue is some seconds long
+        assert took < 4  # not a heartbeat, which comes every ten seconds
+        assert None in [each.answer for each in crowd]  # nor was the queue drained, which is some seconds long
         late = Asked(client)
         answers = [each.join() for each in crowd]
         assert_not_stale(late.join(), floor)
@@ -213,7 +218,7 @@ def test_a_full_queue_does_not_delay_an_acknowledgement(toy: Toy) -> None:
 def test_a_replica_that_renews_and_never_swaps_blocks_nothing_and_answers_nothing_stale(toy: Toy) -> None:
     with replica(toy, "deaf") as (client, process):
         floor, took = deactivated(toy, "a", None, taint=1)
-        assert took < TTL + MARGIN + 0.7  # it renews all the time, and is refused
+        assert took < TTL + MARGIN + 5  # it renews all the time, and is refused
         with suppress(httpx.TransportError):  # it goes
             while process.poll() is None:
                 assert_not_stale(client.predict(), floor)

@@ -9,6 +9,7 @@ from serving_kit import Toy, serving, wait_until
 from serving_talk import TALK, Talker, complete
 
 from service.domain.errors import NotFoundError
+from service.serving import lease
 from service.store import models, policies
 from service.store.api_keys import Scope
 
@@ -21,7 +22,11 @@ def demand(toy: Toy, shards: int) -> None:
         policies.set_min_shards(connection, toy.name, shards, actor="test")
 
 
-def test_below_min_shards_nothing_is_answered_and_why_is_said(database: Database, tmp_path: Path) -> None:
+def test_below_min_shards_nothing_is_answered_and_why_is_said(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "IDLE_POLL", 60.0)
+
     class Engine(Talker):
         pass
 
@@ -36,7 +41,7 @@ def test_below_min_shards_nothing_is_answered_and_why_is_said(database: Database
         demand(toy, 2)
         toys[name] = toy
     toy, talker = toys["toy"], toys["talker"]
-    with serving(toy, factory=Engine, settings=toy.settings(lease_ttl_ms=20_000)) as (client, _):
+    with serving(toy, factory=Engine, settings=toy.settings(lease_ttl_ms=80_000)) as (client, _):
         wait_until(lambda: len(client.get("/readyz").json()["models"]) == 2 and client.ready())
         assert client.predict().status_code == 200
         for each in toys.values():
@@ -51,12 +56,12 @@ def test_below_min_shards_nothing_is_answered_and_why_is_said(database: Database
         refused = client.post("/v1/completions", json={"model": "talker", "prompt": "a", "stream": True})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too-few-shards")
         for each in toys.values():
-            demand(each, 1)  # heard by NOTIFY: the next heartbeat is seconds away
-        wait_until(lambda: client.predict().status_code == 200, seconds=1)
+            demand(each, 1)  # heard by NOTIFY: a heartbeat comes every twenty seconds
+        wait_until(lambda: client.predict().status_code == 200, seconds=10)
         assert client.predict().json()["shards"] == {"live": 1, "of": 2}
         assert client.get("/v2/models/toy/ready").status_code == 200
         client.toy = talker
-        wait_until(lambda: complete(client, max_tokens=1).json().get("shards") == {"live": 1, "of": 2}, seconds=1)
+        wait_until(lambda: complete(client, max_tokens=1).json().get("shards") == {"live": 1, "of": 2}, seconds=10)
 
 
 def test_a_change_is_an_event_and_none_is_none(database: Database, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from serving_kit import Client, Toy, ToyEngine, serving, wait_until
 from serving_talk import TALK, Heard, Talker, TalkerPredictor, complete
 from test_serving_http import drain, fence
 
-from service.serving import generate
+from service.serving import generate, lease
+from service.serving.__main__ import Program
 from service.serving.fence import Fence
+from service.serving.replica import Pointer
 from shards.assembly import Assembly
 from shards.engine.completion import Sampling, Step
 
@@ -36,6 +38,13 @@ def toy(database: Database, tmp_path: Path) -> Toy:
     return found
 
 
+def pointer(program: Program) -> Pointer:
+    found = program.fleet.find("toy")
+    assert found is not None
+    assert found.replica.pointer is not None
+    return found.replica.pointer
+
+
 def test_a_stream_is_cut_when_the_floor_rises(toy: Toy) -> None:
     class Engine(Talker):
         pass
@@ -45,7 +54,7 @@ def test_a_stream_is_cut_when_the_floor_rises(toy: Toy) -> None:
         stream = Heard(client, max_tokens=10_000)
         wait_until(lambda: len(stream.words) > 5)
         toy.publish("a", None, taint=1)
-        wait_until(lambda: toy.leases()[0]["covers"] == 2, seconds=0.5)  # it does not wait for the stream
+        wait_until(lambda: toy.leases()[0]["covers"] == 2)  # it does not wait for the stream
         spoken = Engine.spoken[TAINTED]
         stream.join()
         assert Engine.spoken[TAINTED] <= spoken + 1  # but for the step under way nothing is computed from it
@@ -85,6 +94,7 @@ def test_no_stale_token_through_twenty_deactivations_under_load(toy: Toy) -> Non
             before = Engine.spoken[weight]
             time.sleep(0.03)
             late.append(Engine.spoken[weight] - before)
+        wait_until(lambda: any(stream.done for stream in list(streams)))
         stop.set()
         for thread in threads:
             thread.join()
@@ -103,14 +113,17 @@ def test_a_rebuild_lets_a_stream_end_on_what_it_began_with(toy: Toy) -> None:
         pass
 
     toy.publish("a", None, cause="train")
-    with serving(toy, factory=Engine) as (client, _):
-        stream = Heard(client, max_tokens=40)
+    with serving(toy, factory=Engine) as (client, program):
+        speaker = pointer(program).predictor
+        stream = Heard(client, max_tokens=400)
         wait_until(lambda: len(stream.words) > 2)
         toy.publish("a", "b", cause="rebuild")
         wait_until(lambda: complete(client, max_tokens=1).json()["version"] == 2)
         assert toy.leases()[0]["covers"] == 1  # version 1 may still speak
+        speaker.pace = 0.0  # type: ignore[attr-defined]  # and need not take its seconds
+        del speaker
         stream.join()
-        assert (stream.done, set(stream.words), len(stream.words)) == (True, {"1"}, 40)
+        assert (stream.done, set(stream.words), len(stream.words)) == (True, {"1"}, 400)
         wait_until(lambda: toy.leases()[0]["covers"] == 2)
 
 
@@ -121,15 +134,17 @@ def test_what_is_not_streamed_starts_again_on_the_new_version(toy: Toy) -> None:
     toy.publish("a", "b", cause="train")
     with serving(toy, factory=Engine) as (client, _):
         answers: list[httpx.Response] = []
-        thread = threading.Thread(target=lambda: answers.append(complete(client, max_tokens=40)))
+        thread = threading.Thread(target=lambda: answers.append(complete(client, max_tokens=400)))
         thread.start()
         wait_until(lambda: Engine.spoken[TAINTED] > 5)
+        Engine.pace = 0.0  # of the new version's
         toy.publish("a", None, taint=1)
-        wait_until(lambda: toy.leases()[0]["covers"] == 2, seconds=0.5)
+        wait_until(lambda: toy.leases()[0]["covers"] == 2)
         thread.join()
+        assert Engine.spoken[TAINTED] < 400  # nobody waited for its end
         body = answers[0].json()
-        assert (body["version"], body["choices"][0]["text"]) == (2, "1;" * 40)
-        assert body["usage"]["completion_tokens"] == 40
+        assert (body["version"], body["choices"][0]["text"]) == (2, "1;" * 400)
+        assert body["usage"]["completion_tokens"] == 400
         assert "expunge_predictions_recomputed_total" in client.get("/metrics").text
 
 
@@ -138,24 +153,28 @@ def test_a_stream_ends_with_the_lease(toy: Toy) -> None:
         pass
 
     toy.publish("a", "b", cause="train")
-    with serving(toy, factory=Engine) as (client, _):
+    with serving(toy, factory=Engine, settings=toy.settings(lease_ttl_ms=3000)) as (client, _):
         stream = Heard(client, max_tokens=10_000)
         wait_until(lambda: len(stream.words) > 5)
         with toy.connect() as blocker:  # every heartbeat now waits for this lock
             blocker.execute("lock table model in access exclusive mode")
             started = time.monotonic()
             stream.join()
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 3 + 5
         assert (stream.done, stream.error["code"]) == (False, "cut")
-        wait_until(lambda: complete(client, max_tokens=1).status_code == 200, seconds=5)
+        wait_until(lambda: complete(client, max_tokens=1).status_code == 200, seconds=20)
 
 
-def test_a_client_that_does_not_read_its_stream_cannot_hold_up_a_deactivation(toy: Toy) -> None:
+def test_a_client_that_does_not_read_its_stream_cannot_hold_up_a_deactivation(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "IDLE_POLL", 60.0)
+
     class Engine(Talker):
         filling = "x" * 200_000
 
     toy.publish("a", "b", cause="train")
-    with serving(toy, factory=Engine, settings=toy.settings(lease_ttl_ms=20_000)) as (client, program):
+    with serving(toy, factory=Engine, settings=toy.settings(lease_ttl_ms=80_000)) as (client, program):
         body = json.dumps({"model": "toy", "prompt": "a", "stream": True, "max_tokens": 10_000}).encode()
         fields = f"host: x\r\nauthorization: Bearer {toy.token}\r\ncontent-length: {len(body)}\r\n\r\n"
         with socket.socket() as reader:
@@ -166,7 +185,7 @@ def test_a_client_that_does_not_read_its_stream_cannot_hold_up_a_deactivation(to
             started = time.monotonic()
             toy.publish("a", None)
             wait_until(lambda: toy.leases()[0]["covers"] == 2)
-            assert time.monotonic() - started < 1.0
+            assert time.monotonic() - started < 5  # not a heartbeat, which comes every twenty seconds
             assert b"[DONE]" not in drain(reader)
         assert fence(program).sending == ()
         wait_until(lambda: 'result="cut"' in client.get("/metrics").text)
@@ -190,7 +209,7 @@ def test_a_client_that_goes_away_ends_its_stream(toy: Toy) -> None:
 
 def test_predictions_go_between_the_tokens_of_long_answers(toy: Toy, database: Database, tmp_path: Path) -> None:
     class Engine(Talker):
-        pace = 0.02
+        pace = 0.05
 
     other = Toy(database.owner_url, database.app_url, tmp_path / "artifacts", name="other")
     other.create()
@@ -200,11 +219,11 @@ def test_predictions_go_between_the_tokens_of_long_answers(toy: Toy, database: D
     with serving(toy, factory=lambda r: Engine(r) if r.task == "completion" else ToyEngine(r)) as (client, _):
         wait_until(lambda: len(client.get("/readyz").json()["models"]) == 2 and client.ready())
         streams = [Heard(client, max_tokens=10_000) for _ in range(12)]
-        wait_until(lambda: all(len(stream.words) > 2 for stream in streams))
+        wait_until(lambda: all(len(stream.words) > 2 for stream in streams), seconds=30)
         for _ in range(5):
             started = time.monotonic()
             assert client.post("/v1/models/other/predict", json={"inputs": ["a"]}).status_code == 200
-            assert time.monotonic() - started < 0.12  # not the 12 tokens' 0.24 s that wait in front of it
+            assert time.monotonic() - started < 0.5  # not the 12 tokens' 0.6 s that wait in front of it
         assert not any(stream.done for stream in streams)
         for stream in streams:
             stream.hang_up()
@@ -240,7 +259,7 @@ def test_more_answers_than_there_is_room_for_are_refused(toy: Toy, monkeypatch: 
 
     toy.publish("a", "b", cause="train")
     with serving(toy, factory=Engine) as (client, _):
-        stream = Heard(client, max_tokens=100)
+        stream = Heard(client, max_tokens=300)
         wait_until(lambda: len(stream.words) > 2)
         answer = complete(client)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")

@@ -13,6 +13,7 @@ from serving_kit import RECIPE, Client, Toy, serving, wait_until
 from serving_talk import TALK, Talker, complete
 
 from service.domain.answers import Answers
+from service.serving import lease
 from service.store import policies
 from service.store.api_keys import Scope
 from service.store.forecasts import expected_at
@@ -38,14 +39,17 @@ def tell(toy: Toy, answers: Answers) -> None:
         policies.set_answers(connection, toy.name, answers, actor="test")
 
 
-def test_a_policy_says_how_much_answers_tell(database: Database, tmp_path: Path) -> None:
+def test_a_policy_says_how_much_answers_tell(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "IDLE_POLL", 60.0)
     toy = toy_of(database, tmp_path, 1.0, -3.0)
-    with serving(toy, settings=toy.settings(lease_ttl_ms=20_000)) as (client, _):
+    with serving(toy, settings=toy.settings(lease_ttl_ms=80_000)) as (client, _):
         assert client.predict().json()["outputs"] == [
             {"label": "no", "probabilities": {"no": 0.731059, "yes": 0.268941}}
         ]
-        tell(toy, Answers.TOP1)  # heard by NOTIFY: the next heartbeat is seconds away
-        wait_until(lambda: "score" in client.predict().json()["outputs"][0], seconds=2)
+        tell(toy, Answers.TOP1)  # heard by NOTIFY: a heartbeat comes every twenty seconds
+        wait_until(lambda: "score" in client.predict().json()["outputs"][0], seconds=10)
         assert client.predict().json()["outputs"] == [{"label": "no", "score": 0.73}]
         found = client.post("/v2/models/toy/infer", json=INFER).json()["outputs"]
         assert found == [
@@ -57,7 +61,7 @@ def test_a_policy_says_how_much_answers_tell(database: Database, tmp_path: Path)
         refused = client.post("/v2/models/toy/infer", json=INFER | {"outputs": [{"name": "probabilities"}]})
         assert (refused.status_code, "label, score" in refused.json()["error"]) == (400, True)
         tell(toy, Answers.PROBABILITIES)
-        wait_until(lambda: "probabilities" in client.predict().json()["outputs"][0], seconds=2)
+        wait_until(lambda: "probabilities" in client.predict().json()["outputs"][0], seconds=10)
     tell(toy, Answers.PROBABILITIES)
     assert toy.events("model.answers_changed") == [
         {"actor": "test", "answers": "top1"},

@@ -16,6 +16,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from serving_kit import free_port
 
 from service.settings import Settings
 from service.standalone import postgres as postgres_module
@@ -31,13 +32,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="fin
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 120.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, f"waited in vain: {what}"
@@ -77,8 +72,8 @@ class Up:
 
     def end(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
-        self.process.communicate(timeout=20)
-        wait_for(lambda: not processes_under(self.root), f"an end of {processes_under(self.root)}", 10)
+        self.process.communicate(timeout=60)
+        wait_for(lambda: not processes_under(self.root), f"an end of {processes_under(self.root)}", 60)
         return self.process.returncode
 
     def execute(self, statement: str) -> list[tuple[object, ...]]:
@@ -133,7 +128,7 @@ def test_keeps_data_through_a_crash_of_postgres_and_leaves_nothing_after_ctrl_c(
     up.execute("create table kept as select generate_series(1, 1000) as number")
 
     second = launcher()
-    _, complaint = second.process.communicate(timeout=10)
+    _, complaint = second.process.communicate(timeout=60)
     assert second.process.returncode == 1
     assert f"in use by process {up.process.pid}" in complaint
 
@@ -218,7 +213,7 @@ def test_a_port_in_use_is_named_with_the_way_out(launcher: Launcher) -> None:
         listener.bind(("127.0.0.1", launcher.port))
         listener.listen()
         up = launcher()
-        _, complaint = up.process.communicate(timeout=10)
+        _, complaint = up.process.communicate(timeout=60)
     assert up.process.returncode == 1
     assert f"port {launcher.port} on 127.0.0.1, which api needs" in complaint
     assert "--port" in complaint
