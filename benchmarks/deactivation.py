@@ -23,7 +23,7 @@ from service.cli.demo.traffic import Traffic
 from service.settings import Settings
 
 REQUESTS = 60
-BESIDE_REQUESTS = 100
+BESIDE_REQUESTS = 60
 """The same, beside other work."""
 WARM_UP = 3
 """Requests before those that are timed: connections are opened, modules imported."""

@@ -5,6 +5,8 @@ depend on the company. The pass with the oldest row is next, so no length waits 
 """
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from bisect import insort
@@ -27,6 +29,9 @@ PATIENCE = 0.002
 """Seconds from its arrival that a row waits at most for a pass to fill, while the thread has nothing else to do."""
 BACKLOG_ROWS = 4096
 """Queued rows beyond which new work is refused: waiting longer helps nobody."""
+
+NICENESS = 5
+"""Between the threads that swap (0) and training (10): a deactivation waits for a free processor, answers or not."""
 
 
 class OverloadedError(Exception):
@@ -149,6 +154,10 @@ class Compute:
         self._thread.join()
 
     def _run(self) -> None:
+        if (
+            sys.platform == "linux"
+        ):  # where a thread has a niceness of its own: a swap comes before answers, training after
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while self._step():
             pass
 
