@@ -31,7 +31,7 @@ from shards.digest import sha256_hex
 from workers.barrier import Barrier
 from workers.loops import PASSING
 
-TTL = 0.8
+TTL = 2.0
 MARGIN = 0.1
 HEAVY = 64 * 2**20
 """Bytes of a heavy stage: malloc gives such pieces back to the kernel at once."""

@@ -183,7 +183,7 @@ def test_a_heartbeat_whose_reply_is_late_grants_nothing(toy: Toy) -> None:
     """Rule 4: a lease counts from before it was asked for; else a late reply would outlast `deactivated`."""
     with (
         Pipe.to(toy.app_url) as pipe,
-        replica(toy, database_url=pipe.url) as (client, process),
+        replica(toy, ttl=0.8, database_url=pipe.url) as (client, process),
     ):
         before = toy.leases()[0]["beats"]
         pipe.delay = 0.3  # each of the four replies to a heartbeat, which together outlast its lease
