@@ -11,7 +11,8 @@ import pytest
 from api_client import Api, serving
 from serving_kit import wait_until
 
-from service.api.waiting import Held
+from service.api.waiting import BEFORE, Held, Until
+from service.cli.request_commands import DEAD, PASSED
 from service.domain.requests import State
 from service.settings import Settings
 from service.store import targets
@@ -181,3 +182,10 @@ def test_held_answers_are_given_when_the_api_stops(asker: Asker, api_settings: S
             client.base_url = httpx.URL(url)
             asked = asker.ask(asker.request(), "completed", client)
         assert body(asked)["state"] == "received"
+
+
+@pytest.mark.parametrize("until", Until)
+def test_a_command_stops_asking_wherever_the_api_does_not_hold(until: Until) -> None:
+    """Else it would ask again and again, without a pause."""
+    assert BEFORE[until].isdisjoint(PASSED[until.value] | DEAD)
+    assert BEFORE[until] | PASSED[until.value] | DEAD == set(State)

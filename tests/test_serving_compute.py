@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import os
+import sys
 import threading
 import time
 import weakref
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 import service.serving.compute
-from service.serving.compute import BACKLOG_ROWS, ROWS, Compute, ComputeError, OverloadedError
+from service.serving.compute import BACKLOG_ROWS, NICENESS, ROWS, Compute, ComputeError, OverloadedError
 from shards.engine.known import Known
 from shards.logits import Logits
 
@@ -215,3 +217,14 @@ def test_no_weights_are_held_between_passes() -> None:
         time.sleep(0.01)
     assert gone() is None
     compute.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all threads of a process have one niceness")
+def test_computing_yields_to_the_threads_that_swap() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    async def work(compute: Compute) -> None:
+        assert await compute.turn(niceness) == niceness() + NICENESS
+
+    running(work)

@@ -20,7 +20,8 @@ PASSED = {
 }
 HELD_SECONDS = 4.0
 """How long the API holds an answer at most."""
-DEAD = frozenset({"failed", "rejected", "revoked", "expired", "lifted"})
+DEAD = frozenset({"failed", "rejected", "revoked", "expired", "duplicate", "lifted"})
+"""Where a request gets no further by itself: the API answers at once, so asking on would never pause."""
 
 SubjectOption = Annotated[str | None, typer.Option(help="Whose records: type:value, as email:ann@example.org.")]
 RecordOption = Annotated[list[str] | None, typer.Option("--record", help="A record by your own id.")]

@@ -29,9 +29,8 @@ PATIENCE = 0.002
 """Seconds from its arrival that a row waits at most for a pass to fill, while the thread has nothing else to do."""
 BACKLOG_ROWS = 4096
 """Queued rows beyond which new work is refused: waiting longer helps nobody."""
-
 NICENESS = 5
-"""Between the threads that swap (0) and training (10): a deactivation waits for a free processor, answers or not."""
+"""Added to the process's own: between the threads that swap and training (10), so that no swap waits for answers."""
 
 
 class OverloadedError(Exception):
@@ -154,10 +153,9 @@ class Compute:
         self._thread.join()
 
     def _run(self) -> None:
-        if (
-            sys.platform == "linux"
-        ):  # where a thread has a niceness of its own: a swap comes before answers, training after
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        if sys.platform == "linux":  # where a thread has a niceness of its own
+            me = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, me, os.getpriority(os.PRIO_PROCESS, me) + NICENESS)
         while self._step():
             pass
 
